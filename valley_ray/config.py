@@ -1,0 +1,106 @@
+"""Configuration: a YAML file plus ``key=value`` overrides becomes one frozen, closed pydantic model.
+
+Knows no particular configuration: each room keeps its own model beside its code and loads it through `load_config`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from valley_ray.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of everything a user writes: frozen, closed (an unknown key is an error), field docstrings as descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load_config(model: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read `path` (YAML, may be None for defaults), apply ``a.b=value`` overrides (values parsed as YAML), validate.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown (the nearest valid
+            key is named) or a value is out of range.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(model, values, source=str(path) if path is not None else "the command line")
+
+
+def validate_config(model: type[ConfigT], values: Mapping[str, Any], *, source: str) -> ConfigT:
+    """Validate `values` as `model`; raises ConfigError with every problem in one line, each with its fix."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_describe(model, problem) for problem in error.errors())
+        raise ConfigError(f"{source}: {problems}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"configuration {path} is not valid YAML: {reason}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"configuration {path} must be a mapping of keys to values, got {type(loaded).__name__}")
+    return loaded
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must have the form key=value, for example num_workers=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from error
+    *parents, leaf = key.split(".")
+    node: dict[str, Any] = values
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = dict(child) if isinstance(child, dict) else {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def _describe(model: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location) or "value"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return f"unknown key {name!r}{hint} (valid keys: {', '.join(known)})"
+    if problem["type"] == "missing":
+        return f"missing key {name!r}"
+    return f"{name}={problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:
+    """Keys of the model found by walking `parents` from `model`; list positions and union tags are stepped over."""
+    current = [model]
+    for parent in parents:
+        annotations = [m.model_fields[parent].annotation for m in current if parent in m.model_fields]
+        nested = [found for annotation in annotations for found in _models_in(annotation)]
+        current = nested or current
+    return sorted({key for m in current for key in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

@@ -1,0 +1,67 @@
+"""The engine's interface: requests in, token events out, one `step` at a time.
+
+`add` puts a prompt in line, `step` advances every running request by at most one token, `abort` frees a request's place.
+The interface knows tokens and embeddings only: text, stop strings and media belong to the rooms above and below.
+Shapes: L prompt tokens, P patch tokens, T frames, D hidden width of the language model.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Token ids of a prompt and the visual tokens to splice into it, in the order of its visual blocks."""
+
+    input_ids: tuple[int, ...]
+    """L token ids; each visual block stands there as its placeholder tokens."""
+    visual_tokens: tuple[torch.Tensor, ...] = ()
+    """One [P + T, D] tensor per visual block: P pooled patch tokens, then one token per frame."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Temperature 0 is greedy."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means off."""
+    seed: int = 0
+    """Random numbers depend on (seed, position) alone, so that any replica reproduces them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End tokens; the one that ends a request is not reported as text but is an event."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request, or its end without a token (abort)."""
+
+    request_id: str
+    token_id: int | None
+    """None only where `finish_reason` is "abort"."""
+    index: int
+    """Position among the request's new tokens, from 0."""
+    finish_reason: FinishReason | None = None
+
+
+class Engine(Protocol):
+    """Continuous batching over one language model."""
+
+    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
+        """Put a request in line and return its id; raises PromptTooLongError where prompt + max_tokens cannot fit."""
+
+    def step(self) -> list[TokenEvent]:
+        """Admit waiting requests into free slots, advance all running ones by one token."""
+
+    def abort(self, request_id: str) -> None:
+        """Free the request's place; an unknown or finished id is ignored."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests waiting or running."""

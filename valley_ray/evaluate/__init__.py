@@ -1,0 +1,1 @@
+"""Evaluate: a data set and a model become answers and scores."""

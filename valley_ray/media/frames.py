@@ -1,0 +1,24 @@
+"""VideoFrames: what every decoder returns. T frames, H height, W width, C = 3 colours (RGB)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrames:
+    """Frames of one clip in presentation order, upright (container rotation applied)."""
+
+    frames_THWC: npt.NDArray[np.uint8]
+    """uint8 [T, H, W, 3], RGB."""
+    pts_seconds: npt.NDArray[np.float64]
+    """float64 [T]; presentation time of each frame from the start of the stream; zeros for images."""
+
+    def __post_init__(self) -> None:
+        assert self.frames_THWC.ndim == 4 and self.frames_THWC.shape[3] == 3, f"want [T, H, W, 3], got {self.frames_THWC.shape}"
+        assert self.frames_THWC.dtype == np.uint8, f"want uint8, got {self.frames_THWC.dtype}"
+        assert self.pts_seconds.shape == (len(self.frames_THWC),), f"want one time per frame, got {self.pts_seconds.shape}"
+
+    def __len__(self) -> int:
+        return len(self.frames_THWC)

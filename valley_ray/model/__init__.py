@@ -1,0 +1,1 @@
+"""Model: frames' pixels and token ids become logits. torch and transformers: knows no Ray."""

@@ -1,0 +1,1 @@
+"""Serve: HTTP requests become streamed answers, with Ray Serve replicas that scale apart."""

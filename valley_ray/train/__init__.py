@@ -1,0 +1,1 @@
+"""Train: shards become a model folder, with Ray Train and DeepSpeed."""
