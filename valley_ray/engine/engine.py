@@ -1,6 +1,6 @@
 """The engine's interface: requests in, token events out, one `step` at a time.
 
-`add` puts a prompt in line, `step` advances every running request by at most one token, `abort` frees a request's place.
+`add` puts a prompt in line, `step` advances every running request by at most one token, `abort` frees a place.
 The interface knows tokens and embeddings only: text, stop strings and media belong to the rooms above and below.
 Shapes: L prompt tokens, P patch tokens, T frames, D hidden width of the language model.
 """
@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One new token of one request, or its end without a token (abort)."""
+    """One new token of one request; the last one of a request says why it is the last."""
 
     request_id: str
-    token_id: int | None
-    """None only where `finish_reason` is "abort"."""
+    token_id: int
     index: int
     """Position among the request's new tokens, from 0."""
     finish_reason: FinishReason | None = None
@@ -60,7 +59,7 @@ class Engine(Protocol):
         """Admit waiting requests into free slots, advance all running ones by one token."""
 
     def abort(self, request_id: str) -> None:
-        """Free the request's place; an unknown or finished id is ignored."""
+        """Free the request's place; no further event comes. An unknown or finished id is ignored."""
 
     @property
     def num_unfinished(self) -> int:
