@@ -1,0 +1,104 @@
+"""Writes a store: shards clip by clip, windows whole, commit markers last. The layout is told in shards.py."""
+
+import dataclasses
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from valley_ray.data.schema import CLIPS_SCHEMA, SHARD_SCHEMA, WINDOW_SCHEMA
+from valley_ray.data.shards import FAILED_FILE, WindowManifest, window_name
+from valley_ray.media.frames import VideoFrames
+
+
+class ShardWriter:
+    """Writes one shard, a clip at a time, so that memory holds one clip and not a block of them.
+
+    Use as a context manager; the shard appears under `name` when the block ends without an error, else not at all.
+    """
+
+    def __init__(self, directory: Path, name: str, *, fingerprint: str) -> None:
+        self.name = name
+        self._path = directory / name
+        self._temporary = _temporary(self._path)
+        self._fingerprint = fingerprint
+        self._num_rows = 0
+
+    def __enter__(self) -> "ShardWriter":
+        schema = SHARD_SCHEMA.with_metadata({"fingerprint": self._fingerprint})
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_file(self._sink, schema)
+        return self
+
+    def append(self, values: Mapping[str, Any], frames: VideoFrames | None) -> int:
+        """Add a clip: `values` holds the scalar columns of SHARD_SCHEMA; returns its row number in the shard."""
+        shape = frames.frames_THWC.shape if frames is not None else (0, 0, 0, 3)
+        data = np.ascontiguousarray(frames.frames_THWC).data.cast("B") if frames is not None else b""
+        pts = frames.pts_seconds.tolist() if frames is not None else []
+        row = dict(values) | {"num_frames": shape[0], "height": shape[1], "width": shape[2], "pts_seconds": pts}
+        columns = [
+            _frames_column(data) if f.name == "frames" else pa.array([row[f.name]], f.type) for f in SHARD_SCHEMA
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=SHARD_SCHEMA))
+        self._num_rows += 1
+        return self._num_rows - 1
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._writer.close()
+        self._sink.close()
+        if error_type is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def commit_window(directory: Path, manifest: WindowManifest, samples: pa.Table, clips: pa.Table) -> None:
+    """Write the files of a window, its marker last. `samples` has WINDOW_SCHEMA, `clips` CLIPS_SCHEMA."""
+    assert samples.schema.equals(WINDOW_SCHEMA), f"want the window schema, got {samples.schema}"
+    assert clips.schema.equals(CLIPS_SCHEMA), f"want the clips schema, got {clips.schema}"
+    assert samples.num_rows == manifest.num_samples == manifest.num_ok + manifest.num_failed, f"rows lost: {manifest}"
+    path = directory / manifest.samples_file
+    temporary = _temporary(path)
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, WINDOW_SCHEMA) as writer:
+        writer.write_table(samples)
+    os.replace(temporary, path)
+    temporary = _temporary(directory / manifest.clips_file)
+    pq.write_table(clips, temporary)
+    os.replace(temporary, directory / manifest.clips_file)
+    write_json(directory / f"{window_name(manifest.index)}.json", dataclasses.asdict(manifest))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON under a temporary name, then rename it to `path`."""
+    temporary = _temporary(path)
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def mark_failed(directory: Path, error: BaseException) -> None:
+    """Leave `failed.json` for readers that wait: the producer gave up because of `error`."""
+    error_class = getattr(error, "code", type(error).__name__)
+    reason = " ".join(str(error).split())[:2000]
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / FAILED_FILE, {"error_class": error_class, "error": reason})
+
+
+def clear_failure(directory: Path) -> None:
+    """Remove the mark of an earlier failed run, so that nobody takes it for this run's."""
+    (directory / FAILED_FILE).unlink(missing_ok=True)
+
+
+def _frames_column(data: Any) -> pa.Array:
+    """One large_binary value over `data`, without copying it."""
+    offsets = pa.py_buffer(np.array([0, len(data)], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)])
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

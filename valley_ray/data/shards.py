@@ -1,0 +1,273 @@
+"""Shards and windows as trainers read them, memory-mapped; commit.py writes them. Knows no Ray and no torch.
+
+A store is one folder:
+    store.json                    what the store holds: fingerprint and its parts, counts
+    shard-*.arrow                 decoded clips (schema.SHARD_SCHEMA), Arrow IPC file, uncompressed
+    window-00000.samples.arrow    tokenized samples in the order of the plan (schema.WINDOW_SCHEMA)
+    window-00000.clips.parquet    the clips that were first needed by this window, with what came of them
+    window-00000.json             the commit marker, written last: a window without it does not exist
+    failed.json                   the producer gave up, with the reason
+Every file is written under a temporary name and renamed, so a reader never sees half a file. Windows are committed in
+order, each once, and never change. Legend: T frames, S crop side, L tokens.
+"""
+
+import dataclasses
+import itertools
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from valley_ray.data.schema import CLIPS_SCHEMA, OK
+from valley_ray.errors import DataError
+
+FAILED_FILE = "failed.json"
+STORE_FILE = "store.json"
+OPEN_SHARDS = 64
+"""How many shards a reader keeps mapped; a view keeps its own map alive, so evicting one is always safe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreInfo:
+    """What a store was made of; a store made of anything else is another store."""
+
+    fingerprint: str
+    parts: Mapping[str, str]
+    """The named parts of the fingerprint, so that a mismatch can say which one differs."""
+    num_samples: int
+    window_size: int
+    num_windows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowManifest:
+    """One committed window. Sample j of window k is number `first_position + j` of the plan's order."""
+
+    index: int
+    first_position: int
+    num_samples: int
+    num_ok: int
+    num_failed: int
+    num_tokens: int
+    num_label_tokens: int
+    num_clips: int
+    """Clips that this window decoded (or found undecodable) first."""
+    by_error_class: Mapping[str, int]
+    shards: tuple[str, ...]
+    """Names of every shard that the window's samples point into."""
+    fingerprint: str
+    is_last: bool
+
+    @property
+    def samples_file(self) -> str:
+        """Name of the tokenized samples inside the store."""
+        return f"{window_name(self.index)}.samples.arrow"
+
+    @property
+    def clips_file(self) -> str:
+        """Name of the clip ledger inside the store."""
+        return f"{window_name(self.index)}.clips.parquet"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One training sample. Arrays of `frames` are read-only views into the memory-mapped shard."""
+
+    sample_id: str
+    input_ids: npt.NDArray[np.int64]
+    """int64 [L]"""
+    labels: npt.NDArray[np.int64]
+    """int64 [L], -100 where no loss is taken"""
+    frames: tuple[npt.NDArray[np.uint8], ...]
+    """uint8 [T, S, S, 3] per visual block, in the order of the blocks; empty for text-only samples"""
+    num_label_tokens: int
+
+
+def window_name(index: int) -> str:
+    """Stem of the files of window `index`."""
+    return f"window-{index:05d}"
+
+
+class Window:
+    """The samples of one committed window, memory-mapped; `window[j]` is sample j of the plan's order in it."""
+
+    def __init__(self, manifest: WindowManifest, table: pa.Table, store: "WindowStore") -> None:
+        self.manifest = manifest
+        self.table = table
+        self._store = store
+        self.num_tokens: npt.NDArray[np.int32] = table["num_tokens"].to_numpy()
+        """int32 [N]; 0 for failed samples"""
+        self.num_label_tokens: npt.NDArray[np.int32] = table["num_label_tokens"].to_numpy()
+        """int32 [N]; 0 for failed samples"""
+        self.is_ok: npt.NDArray[np.bool_] = np.array([status == OK for status in table["status"].to_pylist()], bool)
+        """bool [N]"""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, position: int) -> Sample:
+        """Sample `position` (0 ≤ position < len). Raises DataError for a failed one: ask `is_ok` first."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"window {self.manifest.index} has {len(self)} samples, asked for {position=}")
+        table = self.table
+        if not self.is_ok[position]:
+            reason = f"{table['error_class'][position].as_py()}: {table['error'][position].as_py()}"
+            raise DataError(f"sample {position} of window {self.manifest.index} failed ({reason}); ask is_ok first")
+        clips = table["clips"][position].as_py()
+        return Sample(
+            sample_id=table["sample_id"][position].as_py(),
+            input_ids=_int64(table["input_ids"][position]),
+            labels=_int64(table["labels"][position]),
+            frames=tuple(self._store.frames(clip["shard"], clip["row"]) for clip in clips),
+            num_label_tokens=int(self.num_label_tokens[position]),
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The samples that are ok, in order."""
+        return (self[int(position)] for position in np.flatnonzero(self.is_ok))
+
+
+class WindowStore:
+    """Reads a store that a pipeline has written or is still writing. Thread-safe; open one in each process."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._lock = threading.Lock()
+        self._manifests: list[WindowManifest] = []
+        self._shards: OrderedDict[str, _MappedShard] = OrderedDict()
+
+    def info(self) -> StoreInfo | None:
+        """What the store holds, or None while its producer has not begun. Raises DataError if it cannot be read."""
+        path = self.directory / STORE_FILE
+        return StoreInfo(**_read_json(path)) if path.exists() else None
+
+    def failure(self) -> str | None:
+        """Why the producer gave up, or None."""
+        path = self.directory / FAILED_FILE
+        if not path.exists():
+            return None
+        reason = _read_json(path)
+        return f"{reason['error_class']}: {reason['error']}"
+
+    def committed(self) -> list[WindowManifest]:
+        """Manifests of the windows committed so far, in order. One `stat` when nothing is new: cheap to poll."""
+        with self._lock:
+            while not (self._manifests and self._manifests[-1].is_last):
+                path = self.directory / f"{window_name(len(self._manifests))}.json"
+                if not path.exists():
+                    break
+                values = _read_json(path)
+                self._manifests.append(WindowManifest(**{**values, "shards": tuple(values["shards"])}))
+            return list(self._manifests)
+
+    def wait(
+        self, index: int, *, timeout_s: float, poll_s: float = 0.1, stop: threading.Event | None = None
+    ) -> WindowManifest:
+        """Return the manifest of window `index`, waiting until it is committed.
+
+        Raises:
+            DataError: the store ends before `index`, its producer failed (with its reason), nothing was committed
+                within `timeout_s`, or `stop` was set.
+        """
+        stop = stop if stop is not None else threading.Event()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # The failure is read first: a window committed just before it must still be handed out.
+            failure = self.failure()
+            manifests = self.committed()
+            if index < len(manifests):
+                return manifests[index]
+            where = f"window {index} of {self.directory}"
+            if manifests and manifests[-1].is_last:
+                raise DataError(f"{where} does not exist: the store ends with window {manifests[-1].index}")
+            if failure is not None:
+                raise DataError(f"{where} will not come, the data pipeline failed ({failure}); fix that and run again")
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                raise DataError(
+                    f"{where} was not committed within {timeout_s:g} s; is the data pipeline still running?"
+                )
+            if stop.wait(min(poll_s, remaining_s)):
+                raise DataError(f"{where}: waiting was stopped")
+
+    def read(self, manifest: WindowManifest) -> Window:
+        """Open a committed window, memory-mapped. Raises DataError if its file is missing or damaged."""
+        table = _map(self.directory / manifest.samples_file)
+        if table.num_rows != manifest.num_samples:
+            raise DataError(
+                f"{manifest.samples_file}: expected {manifest.num_samples} rows, got {table.num_rows}; "
+                "the store is damaged, delete it and run the pipeline again"
+            )
+        return Window(manifest, table, self)
+
+    def clips(self, manifest: WindowManifest) -> pa.Table:
+        """The clip ledger of a window (CLIPS_SCHEMA), failures included."""
+        return pq.read_table(self.directory / manifest.clips_file, schema=CLIPS_SCHEMA)
+
+    def frames(self, shard: str, row: int) -> npt.NDArray[np.uint8]:
+        """Frames of one decoded clip: uint8 [T, S, S, 3], a read-only view into the mapped shard."""
+        shapes, views = self._shard(shard)
+        return np.frombuffer(views[row], np.uint8).reshape(shapes[row])
+
+    def _shard(self, name: str) -> "_MappedShard":
+        with self._lock:
+            if name not in self._shards:
+                self._shards[name] = _map_frames(self.directory / name)
+            self._shards.move_to_end(name)
+            while len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            return self._shards[name]
+
+
+_MappedShard = tuple[list[tuple[int, int, int, int]], list[pa.Buffer]]
+"""Shape [T, S, S, 3] and bytes of every row, the bytes still on disk."""
+
+
+def _map_frames(path: Path) -> _MappedShard:
+    table = _map(path)
+    sizes = (table[name].to_pylist() for name in ("num_frames", "height", "width"))
+    views = []
+    for chunk in table["frames"].chunks:
+        # Taking the value as a scalar would copy it, so the offsets are read here.
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        views += [data.slice(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+    return [(t, h, w, 3) for t, h, w in zip(*sizes, strict=True)], views
+
+
+def read_shard_records(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The fingerprint of a shard and its rows without frames (they stay unread on disk)."""
+    table = _map(path)
+    fingerprint = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
+    return fingerprint, table.drop_columns(["frames", "pts_seconds"]).to_pylist()
+
+
+def _map(path: Path) -> pa.Table:
+    try:
+        with pa.memory_map(str(path), "r") as source:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot map {path}: {reason}; delete the store and run the pipeline again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; delete the store and run the pipeline again") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold one JSON object, got {type(values).__name__}; delete the store")
+    return values
+
+
+def _int64(scalar: Any) -> npt.NDArray[np.int64]:
+    return np.asarray(scalar.values.to_numpy(zero_copy_only=False), dtype=np.int64)
