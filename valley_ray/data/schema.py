@@ -44,7 +44,7 @@ CLIPS_SCHEMA = pa.schema(
 """clips. start_s/end_s: window in seconds, null for the whole clip. etag: identity of the bytes (mtime for files); a
 shard is keyed by (uri, etag, size_bytes, window, sampling, decoder version). shard/row: where its row lies."""
 
-TURN_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
+TURN_TYPE = pa.struct([("role", pa.string()), ("content", pa.string()), ("speaker", pa.string())])
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -58,8 +58,9 @@ SAMPLES_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""samples. conversation: turns with role system | user | assistant; `<video>` and `<image>` marks in user turns stand
-for clip_ids in order. source: the file that the record came from. error, beside the contract's columns: the reason."""
+"""samples. conversation: turns with role system | user | assistant, speaker as the record spells it (upstream's labels
+depend on that); `<video>` and `<image>` marks in user turns stand for clip_ids in order. source: the record's file.
+error, beside the contract's columns: the reason."""
 
 SHARD_SCHEMA = pa.schema(
     [
