@@ -1,0 +1,263 @@
+"""Opens a container with PyAV, holds its header against the limits and lists its video packets. Decodes nothing.
+
+The packet list, not the header, says how many frames are shown and when: headers count discarded pre-roll packets of
+stream-copied clips, and a cut file still has the header of the whole one.
+"""
+
+import io
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from valley_ray.errors import (
+    CorruptMediaError,
+    MediaLimitError,
+    NotMediaError,
+    NoVideoStreamError,
+    TruncatedMediaError,
+)
+from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource, read_head
+
+# Only demuxers of self-contained media: playlists and scripts (hls, concat, ffmetadata) name other files and hosts, and
+# the text demuxers "recognise" any text. The audio ones are here so that audio is named as such.
+_DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,ivf,h264,hevc,obu,rm,mxf,"
+    "wav,mp3,aac,flac,ac3,aiff"
+)
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot")
+_MAGICS = (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"0&\xb2u", b"DKIF", b"ID3")
+_MIN_SHOWN_SHARE = 0.9
+"""A file that shows less than this share of its announced duration is truncated (design: data platform, issue 4)."""
+
+
+@dataclass(frozen=True, eq=False)
+class PacketTable:
+    """The video packets of a file in decode order. N packets, F shown frames."""
+
+    pts: npt.NDArray[np.int64]
+    """int64 [N], stream time base."""
+    dts: npt.NDArray[np.int64]
+    """int64 [N], stream time base."""
+    is_key: npt.NDArray[np.bool_]
+    """bool [N]."""
+    shown: npt.NDArray[np.int64]
+    """int64 [F]: decode position of each shown packet, in presentation order."""
+
+    def times_s(self, time_base: float) -> npt.NDArray[np.float64]:
+        """float64 [F], presentation time of each shown frame, seconds."""
+        return self.pts[self.shown] * time_base
+
+
+def reason(error: BaseException) -> str:
+    """libav's words for an error, on one line, without the file name that PyAV appends."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+@contextmanager
+def open_video(source: MediaSource, *, name: str, limits: DecodeLimits) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, best video stream), its header checked; one decoding thread, other streams not read.
+
+    Raises:
+        NotMediaError, TruncatedMediaError (an mp4 without its index), CorruptMediaError: the header cannot be read.
+        NoVideoStreamError: nothing but audio or data; cover pictures do not count.
+        MediaLimitError: the header asks for more than `limits`.
+    """
+    container = _open(source, name=name)
+    with container:
+        if len(container.streams) > limits.max_streams:
+            raise MediaLimitError(f"{name}: {len(container.streams)} streams are more than {limits.max_streams=}")
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            kinds = ", ".join(sorted({s.type for s in container.streams})) or "none"
+            raise NoVideoStreamError(f"{name}: no video stream (streams: {kinds}); give a file with pictures")
+        _check_header(container, stream, name=name, limits=limits)
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = av.stream.Discard.all
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _open(source: MediaSource, *, name: str) -> Any:
+    # "file:" keeps names such as "concat:a|b" from being read as protocols.
+    target = f"file:{source.absolute()}" if isinstance(source, Path) else io.BytesIO(source)
+    options = {"format_whitelist": _DEMUXERS}
+    try:
+        return av.open(target, "r", options=options, metadata_errors="replace", buffer_size=1 << 16)
+    except MemoryError:
+        raise
+    except (av.error.FFmpegError, ValueError) as error:
+        head = read_head(source, name=name)
+        if head[4:8] in _MP4_BOXES:
+            raise TruncatedMediaError(f"{name}: the mp4 index (moov box) is missing or cut off; copy the file again") from error
+        if head.startswith(_MAGICS):
+            raise CorruptMediaError(f"{name}: the container header cannot be read ({reason(error)})") from error
+        raise NotMediaError(f"{name}: not a video or image ({reason(error)}); give a media file") from error
+
+
+def _check_header(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> None:
+    codec = stream.codec_context
+    if codec is None:
+        raise CorruptMediaError(f"{name}: no decoder for its video stream; re-encode it, for example as H.264")
+    check_pixels(codec.width, codec.height, name=name, limits=limits)
+    seconds = duration_s(container, stream)
+    if seconds is not None and seconds > limits.max_duration_s:
+        raise MediaLimitError(f"{name}: announces {seconds:.0f} s, more than {limits.max_duration_s=}; cut it")
+
+
+def check_pixels(width: int, height: int, *, name: str, limits: DecodeLimits) -> None:
+    """Raise MediaLimitError for frames of more pixels than the limits allow."""
+    if width * height > limits.max_pixels:
+        raise MediaLimitError(f"{name}: frames of {width}x{height} are more than {limits.max_pixels=}; scale it down")
+
+
+def duration_s(container: Any, stream: Any) -> float | None:
+    """Announced length of the video stream, else of the container, seconds; None where neither says."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    tag = next((text for key, text in stream.metadata.items() if key.upper().startswith("DURATION")), None)
+    if tag is not None and (seconds := _clock_seconds(tag)) is not None:
+        return seconds
+    return container.duration / av.time_base if container.duration is not None else None
+
+
+def _clock_seconds(text: str) -> float | None:
+    """"00:00:10.381000000", Matroska's per-stream DURATION tag."""
+    parts = text.split(":")
+    try:
+        hours, minutes, seconds = (float(part) for part in parts)
+    except ValueError:
+        return None
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def average_fps(stream: Any) -> float:
+    """Average frames per second of a stream as the container says; 0 where unknown."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def media_info(container: Any, stream: Any, *, num_frames: int | None) -> MediaInfo:
+    """What the header says, with the number of frames as counted."""
+    codec = stream.codec_context
+    return MediaInfo(
+        kind="video",
+        num_frames=num_frames,
+        fps=average_fps(stream),
+        width=codec.width,
+        height=codec.height,
+        duration_s=duration_s(container, stream),
+        stream_index=stream.index,
+        codec=codec.codec.canonical_name,
+        num_streams=len(container.streams),
+    )
+
+
+def read_packets(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> PacketTable | None:
+    """List the packets of `stream` to the end of the file; None where they do not tell which frames are shown when.
+
+    They do not for animated GIF (its decoder shows other frames than there are packets) and for packets without times
+    or with equal ones (AVI with B-frames): those are decoded one after the other.
+
+    Raises:
+        CorruptMediaError: the container breaks off with an error.
+        MediaLimitError: more packets than the limits allow.
+    """
+    if container.format.name == "gif":
+        return None
+    pts, dts, is_key, is_shown = array("q"), array("q"), bytearray(), bytearray()
+    hidden_bit = stream.codec_context.name in ("vp8", "libvpx")
+    try:
+        for packet in video_packets(container, stream):
+            if packet.pts is None or packet.dts is None:
+                return None
+            pts.append(packet.pts)
+            dts.append(packet.dts)
+            is_key.append(packet.is_keyframe)
+            # VP8 packs frames that are only referred to (alt-ref) as packets of their own; RFC 6386, 9.1: show_frame.
+            is_shown.append(not packet.is_discard and not (hidden_bit and not memoryview(packet)[0] & 0x10))
+            if len(pts) > limits.max_packets:
+                raise MediaLimitError(f"{name}: more than {limits.max_packets=} packets; cut it")
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise CorruptMediaError(f"{name}: the container breaks off ({reason(error)})") from error
+    return _table(pts, dts, is_key, is_shown)
+
+
+def video_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Packets of `stream` from where the container stands, without the empty ones that PyAV appends."""
+    return (packet for packet in container.demux(stream) if packet.size)
+
+
+def _table(pts: "array[int]", dts: "array[int]", is_key: bytearray, is_shown: bytearray) -> PacketTable | None:
+    pts_N = np.frombuffer(pts, np.int64) if pts else np.empty(0, np.int64)
+    dts_N = np.frombuffer(dts, np.int64) if dts else np.empty(0, np.int64)
+    positions = np.flatnonzero(np.frombuffer(is_shown, np.bool_)) if is_shown else np.empty(0, np.int64)
+    shown = positions[np.argsort(pts_N[positions], kind="stable")]
+    if len(np.unique(pts_N[shown])) < len(shown):
+        return None
+    return PacketTable(pts_N, dts_N, np.frombuffer(bytes(is_key), np.bool_), shown)
+
+
+def check_complete(container: Any, stream: Any, times_s: npt.NDArray[np.float64], *, name: str) -> None:
+    """Raise TruncatedMediaError where the shown frames cover too little of the announced duration.
+
+    Frames x frame duration is held against the duration. A clip that falls short is still whole where its last frame
+    is near the announced end and its frame rate varies, or where another stream (longer audio) reaches the end.
+
+    Args:
+        times_s: float64 [F], ascending times of the shown frames.
+    """
+    expected = duration_s(container, stream)
+    if not expected or not np.isfinite(expected):
+        return
+    fps = average_fps(stream)
+    gaps = np.diff(times_s)
+    frame_s = 1 / fps if fps else float(np.median(gaps)) if len(gaps) else 0.0
+    covered = len(times_s) * frame_s
+    if covered >= _MIN_SHOWN_SHARE * expected or (len(times_s) == 1 and not frame_s):
+        return
+    if len(gaps):
+        reaches_end = times_s[-1] - times_s[0] + frame_s >= _MIN_SHOWN_SHARE * expected
+        if reaches_end and not _has_one_hole(gaps):
+            return
+    if stream.duration is None and _other_streams_end_s(container, stream) >= _MIN_SHOWN_SHARE * expected:
+        return
+    raise TruncatedMediaError(
+        f"{name}: shows {len(times_s)} frames ({covered:.2f} s) of {expected:.2f} s announced; the file is cut or has a hole"
+    )
+
+
+def _has_one_hole(gaps_s: npt.NDArray[np.float64]) -> bool:
+    """One long gap between frames of an otherwise constant rate: lost packets, not a variable frame rate."""
+    typical = float(np.median(gaps_s))
+    return int(np.count_nonzero(gaps_s > 3 * typical + 0.05)) == 1
+
+
+def _other_streams_end_s(container: Any, stream: Any) -> float:
+    """Time of the last packet of the other streams, seconds; reads the file a second time, which only suspects pay."""
+    ends = [0.0]
+    others = [other for other in container.streams if other.type == "audio"]
+    if not others:
+        return 0.0
+    for other in others:
+        other.discard = av.stream.Discard.default
+    try:
+        container.seek(0)
+        for packet in container.demux(others):
+            if packet.pts is not None:
+                ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    except av.error.FFmpegError:
+        return 0.0
+    finally:
+        for other in others:
+            other.discard = av.stream.Discard.all
+    return max(ends)

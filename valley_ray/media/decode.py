@@ -1,0 +1,87 @@
+"""Media files become frames: one interface over videos, images and folders of frame images, in this process.
+
+Hostile files are for `valley_ray.media.sandbox`, which runs the same in a killable child. Knows no torch and no Ray.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from valley_ray.errors import ConfigError, EmptyMediaError
+from valley_ray.media.frames import VideoFrames
+from valley_ray.media.preprocess import Crop, resize_and_crop_frame
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource, read_head, source_name, source_size
+
+__all__ = ["Backend", "DecodeLimits", "MediaInfo", "MediaSource", "frames", "probe"]
+
+Backend = Literal["pyav", "decord"]
+"""Video reader: pyav is exact on every container; decord gives upstream's pixels, with its faults."""
+
+
+def probe(source: MediaSource, *, name: str | None = None, limits: DecodeLimits | None = None) -> MediaInfo:
+    """What a file is and how many frames it shows, from its header and packets; nothing is decoded.
+
+    Raises:
+        SourceNotFoundError: there is no such file.
+        MediaError: as `frames`, except that frames which do not decode are not noticed.
+    """
+    from valley_ray.media import images, pyav_backend
+
+    name, limits = source_name(source, name), limits or DecodeLimits()
+    if isinstance(source, Path) and source.is_dir():
+        return images.probe_folder(source, name=name, limits=limits)
+    if _starts_as_image(source, name=name):
+        return images.probe_image(source, name=name, limits=limits)
+    return pyav_backend.probe_video(source, name=name, limits=limits)
+
+
+def frames(
+    source: MediaSource,
+    sampling: FrameSampling,
+    *,
+    name: str | None = None,
+    backend: Backend = "pyav",
+    crop: Crop | None = None,
+    limits: DecodeLimits | None = None,
+) -> VideoFrames:
+    """The sampled frames of a video, an image (always one frame) or a folder of frame images (sorted by name).
+
+    Args:
+        name: what messages call the source; the file's name by default.
+        crop: applied to each frame as it is decoded, so that memory holds one full-size frame at a time.
+
+    Returns:
+        frames uint8 [T, H, W, 3] (upright; H = W = `crop.size` with a crop) and their presentation times.
+
+    Raises:
+        SourceNotFoundError: there is no such file.
+        EmptyMediaError, NotMediaError, NoVideoStreamError, TruncatedMediaError, CorruptMediaError, MediaLimitError:
+            the file yields no frames; each message is one line with the file's name and the reason.
+        SamplingError: the window holds no frame, or frames per second of media without a rate.
+    """
+    name, limits = source_name(source, name), limits or DecodeLimits()
+    transform = partial(resize_and_crop_frame, crop=crop) if crop is not None else None
+    from valley_ray.media import images
+
+    if isinstance(source, Path) and source.is_dir():
+        return images.decode_folder(source, sampling, name=name, limits=limits, transform=transform)
+    if _starts_as_image(source, name=name):
+        return images.decode_image(source, name=name, limits=limits, transform=transform)
+    if backend == "decord":
+        from valley_ray.media import decord_backend
+
+        return decord_backend.decode_video(source, sampling, name=name, limits=limits, transform=transform)
+    if backend != "pyav":
+        raise ConfigError(f"unknown decoder {backend!r}; choose 'pyav' or 'decord'")
+    from valley_ray.media import pyav_backend
+
+    return pyav_backend.decode_video(source, sampling, name=name, limits=limits, transform=transform)
+
+
+def _starts_as_image(source: MediaSource, *, name: str) -> bool:
+    from valley_ray.media.images import is_image
+
+    if not source_size(source, name=name):
+        raise EmptyMediaError(f"{name}: the file is empty (0 bytes)")
+    return is_image(read_head(source, name=name))

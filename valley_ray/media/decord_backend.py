@@ -1,0 +1,60 @@
+"""decord backend: upstream's reader, named so that its pixels can be had; single-threaded.
+
+It counts discarded pre-roll packets of stream-copied clips, ignores rotation, takes the first of two video streams and
+reads no AV1 and no GIF: the PyAV backend is the default for these reasons. Headers are checked with PyAV first.
+"""
+
+import io
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from valley_ray.errors import ConfigError, CorruptMediaError, MediaLimitError
+from valley_ray.media.container import open_video
+from valley_ray.media.frames import VideoFrames
+from valley_ray.media.pyav_backend import Transform
+from valley_ray.media.sampling import FrameSampling, frame_indices, window_frames
+from valley_ray.media.source import DecodeLimits, MediaSource
+
+
+def decode_video(
+    source: MediaSource, sampling: FrameSampling, *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> VideoFrames:
+    """The sampled frames as decord shows them.
+
+    Raises:
+        ConfigError: decord is not installed (it has no wheel for this machine).
+        MediaError: as the PyAV backend; whatever decord refuses is a CorruptMediaError.
+    """
+    try:
+        import decord
+    except ImportError as error:
+        raise ConfigError("decord is not installed here; use the decoder 'pyav'") from error
+    with open_video(source, name=name, limits=limits):
+        pass
+    try:
+        target = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source.absolute())
+        reader = decord.VideoReader(target, num_threads=1)
+        indices, times_s = _choose(reader, sampling, name=name, limits=limits)
+        frames_THWC: npt.NDArray[np.uint8] = reader.get_batch(indices.tolist()).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CorruptMediaError(f"{name}: decord cannot read it ({lines[0][:200]}); use the decoder 'pyav'") from error
+    if transform is not None:
+        frames_THWC = np.stack([transform(frame_HWC) for frame_HWC in frames_THWC])
+    return VideoFrames(frames_THWC, times_s)
+
+
+def _choose(
+    reader: object, sampling: FrameSampling, *, name: str, limits: DecodeLimits
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Indices int64 [T] and times float64 [T] of the sampled frames, by decord's own count and clock."""
+    num_frames = len(reader)  # type: ignore[arg-type]
+    stamps = np.asarray(reader.get_frame_timestamp(range(num_frames)), np.float64).reshape(num_frames, -1)[:, 0]  # type: ignore[attr-defined]
+    window = window_frames(sampling, stamps, name=name)
+    fps = float(reader.get_avg_fps())  # type: ignore[attr-defined]
+    indices = frame_indices(sampling, num_frames=window.stop - window.start, fps=fps) + window.start
+    if len(indices) > limits.max_frames:
+        raise MediaLimitError(f"{name}: {len(indices)} frames are more than {limits.max_frames=}; sample fewer")
+    return indices, stamps[indices]

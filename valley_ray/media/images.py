@@ -1,0 +1,119 @@
+"""Still images and folders of frame images, with PIL."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from valley_ray.errors import CorruptMediaError, EmptyMediaError, MediaLimitError, SamplingError, TruncatedMediaError
+from valley_ray.media.container import check_pixels
+from valley_ray.media.frames import VideoFrames
+from valley_ray.media.pyav_backend import Transform
+from valley_ray.media.sampling import FrameSampling, frame_indices
+from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource, source_size
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+def is_image(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a PNG, JPEG, WebP or BMP image; GIF counts as video."""
+    return (
+        head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == b"\0\0\0\0")
+    )
+
+
+def probe_image(source: MediaSource, *, name: str, limits: DecodeLimits) -> MediaInfo:
+    """The header of an image; raises CorruptMediaError or MediaLimitError."""
+    with _open(source, name=name, limits=limits) as image:
+        return MediaInfo("image", 1, 0.0, image.width, image.height, None, None, (image.format or "").lower(), 1)
+
+
+def decode_image(
+    source: MediaSource, *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> VideoFrames:
+    """One frame [1, H, W, 3], whatever the sampling, turned upright by its EXIF orientation."""
+    frame_HWC = _read(source, name=name, limits=limits)
+    if transform is not None:
+        frame_HWC = transform(frame_HWC)
+    return VideoFrames(frame_HWC[None], np.zeros(1))
+
+
+def list_frames(folder: Path, *, name: str, limits: DecodeLimits) -> list[Path]:
+    """The images of a folder, sorted by name (upstream takes them as the directory lists them)."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not found:
+        raise EmptyMediaError(f"{name}: a folder without images ({', '.join(_SUFFIXES)})")
+    if len(found) > limits.max_packets:
+        raise MediaLimitError(f"{name}: {len(found)} images are more than {limits.max_packets=}")
+    return found
+
+
+def probe_folder(folder: Path, *, name: str, limits: DecodeLimits) -> MediaInfo:
+    """The first image's header and the number of images."""
+    found = list_frames(folder, name=name, limits=limits)
+    first = probe_image(found[0], name=f"{name}/{found[0].name}", limits=limits)
+    return MediaInfo("frames", len(found), 0.0, first.width, first.height, None, None, first.codec, 1)
+
+
+def decode_folder(
+    folder: Path, sampling: FrameSampling, *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> VideoFrames:
+    """The sampled images of a folder; times are zero, as images have none.
+
+    Raises:
+        SamplingError: frames per second or a window in seconds of images without times.
+        CorruptMediaError: an image does not decode, or sizes differ and no transform makes them equal.
+    """
+    if sampling.start_s is not None or sampling.end_s is not None:
+        raise SamplingError(f"{name}: a folder of images has no times; drop start_s and end_s")
+    found = list_frames(folder, name=name, limits=limits)
+    indices = frame_indices(sampling, num_frames=len(found), fps=0.0)
+    frames: dict[int, npt.NDArray[np.uint8]] = {}
+    for index in dict.fromkeys(indices.tolist()):
+        frame_HWC = _read(found[index], name=f"{name}/{found[index].name}", limits=limits)
+        frames[index] = frame_HWC if transform is None else transform(frame_HWC)
+    if len({frame.shape for frame in frames.values()}) > 1:
+        raise CorruptMediaError(f"{name}: its images differ in size; ask for a crop")
+    frames_THWC = np.stack([frames[index] for index in indices.tolist()])
+    if frames_THWC.nbytes > limits.max_output_bytes:
+        raise MediaLimitError(f"{name}: its frames are more than {limits.max_output_bytes=}; sample fewer")
+    return VideoFrames(frames_THWC, np.zeros(len(indices)))
+
+
+def _read(source: MediaSource, *, name: str, limits: DecodeLimits) -> npt.NDArray[np.uint8]:
+    from PIL import ImageOps
+
+    with _open(source, name=name, limits=limits) as image:
+        try:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            if "truncated" in str(error):
+                raise TruncatedMediaError(f"{name}: the image is cut off; copy the file again") from error
+            raise CorruptMediaError(f"{name}: the image does not decode ({_line(error)})") from error
+
+
+def _open(source: MediaSource, *, name: str, limits: DecodeLimits) -> Any:
+    from PIL import Image
+
+    if not source_size(source, name=name):
+        raise EmptyMediaError(f"{name}: the file is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise MediaLimitError(f"{name}: {_line(error)}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CorruptMediaError(f"{name}: the image header cannot be read ({_line(error)})") from error
+    check_pixels(image.width, image.height, name=name, limits=limits)
+    return image
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,275 @@
+"""PyAV backend: decodes the sampled frames and as little else as it can; the frames equal a sequential decode.
+
+The plan: list the packets, pick the shown frames, seek to the key frame before each, and let the decoder skip frames
+that no other frame refers to. Whatever does not go by plan is decoded from the start, one frame after the other.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from valley_ray.errors import CorruptMediaError, EmptyMediaError, MediaLimitError
+from valley_ray.media.container import (
+    PacketTable,
+    average_fps,
+    check_complete,
+    check_pixels,
+    media_info,
+    open_video,
+    read_packets,
+    reason,
+    video_packets,
+)
+from valley_ray.media.frames import VideoFrames
+from valley_ray.media.sampling import FrameSampling, frame_indices, window_frames
+from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource
+
+Transform = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+"""uint8 [H, W, 3] -> uint8 [H', W', 3], for example a crop."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One frame to decode: its place among the shown frames, its packet's place in the file, its time."""
+
+    index: int
+    position: int
+    pts: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Targets decoded in one go from the key packet at `start`; in decode order."""
+
+    start: int
+    targets: tuple[_Target, ...]
+
+
+class _OffPlan(Exception):
+    """The decoder did not show a planned frame; decode sequentially."""
+
+
+def probe_video(source: MediaSource, *, name: str, limits: DecodeLimits) -> MediaInfo:
+    """Header and number of shown frames of a video, without decoding; raises as `open_video` and `check_complete`."""
+    with open_video(source, name=name, limits=limits) as (container, stream):
+        table = read_packets(container, stream, name=name, limits=limits)
+        if table is not None:
+            check_complete(container, stream, table.times_s(float(stream.time_base)), name=name)
+        return media_info(container, stream, num_frames=None if table is None else len(table.shown))
+
+
+def decode_video(
+    source: MediaSource, sampling: FrameSampling, *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> VideoFrames:
+    """The sampled frames of a video; `transform` is applied to each frame as soon as it is decoded.
+
+    Raises:
+        MediaError: any of its kinds, see `valley_ray.media.decode.frames`.
+    """
+    with open_video(source, name=name, limits=limits) as (container, stream):
+        table = read_packets(container, stream, name=name, limits=limits)
+        if table is not None and len(table.shown):
+            times_s = table.times_s(float(stream.time_base))
+            check_complete(container, stream, times_s, name=name)
+            indices = _choose(sampling, times_s, average_fps(stream), name=name, limits=limits)
+            collect = _Collector(name=name, limits=limits, transform=transform)
+            try:
+                _decode_planned(container, stream, table, indices, collect)
+            except (_OffPlan, av.error.InvalidDataError):
+                pass  # a false key frame, or a corrupt file: the sequential decode tells
+            else:
+                return collect.result(indices, times_s)
+    return _decode_sequentially(source, sampling, name=name, limits=limits, transform=transform)
+
+
+def _choose(
+    sampling: FrameSampling, times_s: npt.NDArray[np.float64], fps: float, *, name: str, limits: DecodeLimits
+) -> npt.NDArray[np.int64]:
+    """Indices of the sampled frames among all shown frames, the window applied."""
+    if not fps and len(times_s) > 1:
+        fps = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
+    window = window_frames(sampling, times_s, name=name)
+    indices = frame_indices(sampling, num_frames=window.stop - window.start, fps=fps) + window.start
+    if len(indices) > limits.max_frames:
+        raise MediaLimitError(f"{name}: {len(indices)} frames are more than {limits.max_frames=}; sample fewer")
+    return indices
+
+
+class _Collector:
+    """Keeps the frames that were asked for, upright and transformed."""
+
+    def __init__(self, *, name: str, limits: DecodeLimits, transform: Transform | None) -> None:
+        self._name = name
+        self._limits = limits
+        self._transform = transform
+        self._frames: dict[int, npt.NDArray[np.uint8]] = {}
+        self._num_bytes = 0
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._frames
+
+    def add(self, index: int, frame: Any) -> None:
+        """Convert one decoded frame; raises MediaLimitError for sizes that the header did not announce."""
+        check_pixels(frame.width, frame.height, name=self._name, limits=self._limits)
+        frame_HWC: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+        if frame.rotation % 360:
+            frame_HWC = np.rot90(frame_HWC, frame.rotation // 90)
+        if self._transform is not None:
+            frame_HWC = self._transform(frame_HWC)
+        self._num_bytes += frame_HWC.nbytes
+        if self._num_bytes > self._limits.max_output_bytes:
+            raise MediaLimitError(f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer")
+        self._frames[index] = frame_HWC
+
+    def result(self, indices: npt.NDArray[np.int64], times_s: npt.NDArray[np.float64]) -> VideoFrames:
+        """The frames at `indices`, repeated where they repeat."""
+        shapes = {frame.shape for frame in self._frames.values()}
+        if len(shapes) > 1:
+            raise CorruptMediaError(f"{self._name}: frames change size ({sorted(shapes)}); ask for a crop")
+        frames_THWC = np.empty((len(indices), *shapes.pop()), np.uint8)
+        if frames_THWC.nbytes > self._limits.max_output_bytes:
+            raise MediaLimitError(f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer")
+        for row, index in enumerate(indices):
+            frames_THWC[row] = self._frames[int(index)]
+        return VideoFrames(frames_THWC, times_s[indices])
+
+
+def _decode_planned(
+    container: Any, stream: Any, table: PacketTable, indices: npt.NDArray[np.int64], collect: _Collector
+) -> None:
+    can_skip = _skips_exactly(stream.codec_context)
+    for run in _plan(table, indices):
+        _decode_run(container, stream, table, run, collect, can_skip=can_skip)
+
+
+def _plan(table: PacketTable, indices: npt.NDArray[np.int64]) -> list[_Run]:
+    """Group the wanted frames by the key packet that decoding has to start from.
+
+    That is the last key packet that lies before the frame in the file and is not shown after it: leading frames of an
+    open group of pictures refer to the group before.
+    """
+    keys = np.flatnonzero(table.is_key)
+    runs: dict[int, list[_Target]] = {}
+    for index in np.unique(indices):
+        position = int(table.shown[index])
+        pts = int(table.pts[position])
+        before = keys[: int(np.searchsorted(keys, position, side="right"))]
+        usable = before[table.pts[before] <= pts]
+        start = int(usable[-1]) if len(usable) else 0
+        runs.setdefault(start, []).append(_Target(int(index), position, pts))
+    return [_Run(start, tuple(sorted(runs[start], key=lambda target: target.position))) for start in sorted(runs)]
+
+
+def _decode_run(
+    container: Any, stream: Any, table: PacketTable, run: _Run, collect: _Collector, *, can_skip: bool
+) -> None:
+    codec = stream.codec_context
+    wanted = {target.pts: target.index for target in run.targets}
+    positions = {target.position for target in run.targets}
+    first_pts = int(table.pts[run.start])
+    last = run.targets[-1].position
+
+    def keep(frames: list[Any]) -> None:
+        for frame in frames:
+            if frame.is_corrupt and frame.pts is not None and frame.pts >= first_pts:
+                raise _OffPlan
+            index = wanted.pop(frame.pts, None)
+            if index is not None:
+                collect.add(index, frame)
+
+    skipping = None
+    for position, packet in _packets_from(container, stream, table, run.start):
+        if can_skip and skipping is not (position not in positions):
+            skipping = position not in positions
+            codec.skip_frame = "NONREF" if skipping else "DEFAULT"
+        keep(codec.decode(packet))
+        if position >= last or not wanted:
+            break
+    if wanted:
+        keep(codec.decode(None))
+    if wanted:
+        raise _OffPlan
+
+
+def _packets_from(container: Any, stream: Any, table: PacketTable, start: int) -> Iterator[tuple[int, Any]]:
+    """(decode position, packet) from `start` on. A seek may land early or late: only packets that match count."""
+    key = (int(table.pts[start]), int(table.dts[start]))
+    for seek_to in dict.fromkeys((key[0], key[1], int(table.dts[0]))):
+        try:
+            container.seek(seek_to, stream=stream, backward=True)
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            continue
+        packets = video_packets(container, stream)
+        for packet in packets:
+            if (packet.pts, packet.dts) == key:
+                yield start, packet
+                yield from enumerate(packets, start + 1)
+                return
+            if packet.dts is None or packet.dts > key[1]:
+                break  # landed behind the key packet
+    raise _OffPlan
+
+
+def _skips_exactly(codec: Any) -> bool:
+    """Whether "non-reference" means that no other frame needs it, so that the decoder may leave it out.
+
+    HEVC calls frames so that higher temporal layers may still refer to: exact only in streams of one layer
+    (ISO/IEC 14496-15, numTemporalLayers of the decoder configuration record).
+    """
+    if codec.name == "hevc":
+        record = codec.extradata
+        return record is not None and len(record) > 21 and record[0] == 1 and (record[21] >> 3) & 7 == 1
+    return codec.name in ("h264", "mpeg1video", "mpeg2video")
+
+
+def _decode_sequentially(
+    source: MediaSource, sampling: FrameSampling, *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> VideoFrames:
+    """Decode every frame to count them, then again up to the last sampled one; two passes keep memory flat."""
+    with open_video(source, name=name, limits=limits) as (container, stream):
+        times: list[float | None] = [frame.time for frame in _all_frames(container, stream, name=name, limits=limits)]
+        fps = average_fps(stream) or 25.0
+        times_s = _fill_times(times, fps)
+        if not len(times_s):
+            raise EmptyMediaError(f"{name}: the video stream has no frames")
+        check_complete(container, stream, times_s, name=name)
+    indices = _choose(sampling, times_s, fps, name=name, limits=limits)
+    wanted = set(indices.tolist())
+    collect = _Collector(name=name, limits=limits, transform=transform)
+    with open_video(source, name=name, limits=limits) as (container, stream):
+        for index, frame in enumerate(_all_frames(container, stream, name=name, limits=limits)):
+            if index in wanted:
+                collect.add(index, frame)
+            if index >= indices[-1]:
+                break
+    return collect.result(indices, times_s)
+
+
+def _all_frames(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> Iterator[Any]:
+    number = 0
+    try:
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise CorruptMediaError(f"{name}: frame {number} is damaged; copy or re-encode the file")
+            if number >= limits.max_packets:
+                raise MediaLimitError(f"{name}: more than {limits.max_packets=} frames; cut it")
+            yield frame
+    except av.error.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise CorruptMediaError(f"{name}: frame {number + 1} does not decode ({reason(error)})") from error
+
+
+def _fill_times(times: list[float | None], fps: float) -> npt.NDArray[np.float64]:
+    """Times as the frames carry them; where any has none or they run backwards, the average rate instead."""
+    known = [time for time in times if time is not None]
+    if len(known) == len(times) and all(early <= late for early, late in pairwise(known)):
+        return np.asarray(known, np.float64)
+    return np.arange(len(times), dtype=np.float64) / fps
