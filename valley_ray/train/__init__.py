@@ -1,1 +1,1 @@
-"""Train: shards become a model folder, with Ray Train and DeepSpeed."""
+"""Ray Train and DeepSpeed: committed windows in, a trained model folder out. Reads shards, never imports Ray Data."""

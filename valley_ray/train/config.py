@@ -1,0 +1,140 @@
+"""What a training run is: the model it starts from, its data, its stages, its workers. Knows no torch and no Ray."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from valley_ray.config import Config
+
+Part = Literal["projector", "temporal", "new_embeddings", "embeddings", "language_model"]
+"""A set of parameters that a stage can train; `valley_ray.train.stages` says which parameters each one holds."""
+
+
+class StageConfig(Config):
+    """One stage: what is trained, for how long, how fast."""
+
+    name: str = Field(min_length=1)
+    """Shown in metrics, progress lines and timings."""
+    trainable: tuple[Part, ...] = Field(min_length=1)
+    """Parts that are trained; everything else is frozen. The vision tower always is."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of every trained part that `learning_rates` does not name."""
+    learning_rates: dict[Part, float] = Field(default_factory=dict)
+    """Peak learning rate of single parts, for example {projector: 2.0e-3}."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: cosine down to zero at the planned last step, or no change."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the planned steps in which the learning rate grows linearly to its peak."""
+    epochs: int | None = Field(default=None, ge=1)
+    """How often every sample is seen, exactly. Set this or `max_steps`."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """How many optimizer steps are made. Set this or `epochs`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay of matrices; vectors (norms, biases) and embeddings' new rows are never decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm; None means off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(f"set exactly one of epochs and max_steps, got {self.epochs=} {self.max_steps=}")
+        unknown = sorted(set(self.learning_rates) - set(self.trainable))
+        if unknown:
+            raise ValueError(f"learning_rates names parts that this stage does not train: {', '.join(unknown)}")
+        return self
+
+
+class DataConfig(Config):
+    """Where the samples come from."""
+
+    mode: Literal["overlap", "shards"] = "shards"
+    """overlap: the data pipeline runs beside the training and both share `windows_dir`; shards: it ran earlier."""
+    windows_dir: Path | None = None
+    """Store of committed windows; required for mode shards. In mode overlap the pipeline names it."""
+    pipeline: dict[str, Any] | None = None
+    """Mode overlap: the settings of `valley_ray.data.pipeline.PipelineConfig`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode == "shards" and self.windows_dir is None:
+            raise ValueError("mode shards needs windows_dir, the folder that the data pipeline wrote")
+        if self.mode == "overlap" and self.pipeline is None:
+            raise ValueError("mode overlap needs pipeline, the settings of the data pipeline")
+        return self
+
+
+def valley_stages() -> tuple[StageConfig, ...]:
+    """Valley's two stages (paper section 4; upstream's experiments): the projector alone, then with the LLM."""
+    return (
+        StageConfig(name="stage1", trainable=("projector",), learning_rate=2e-3, epochs=1),
+        StageConfig(name="stage2", trainable=("projector", "language_model"), learning_rate=2e-5, epochs=3),
+    )
+
+
+class TrainConfig(Config):
+    """One training run: all stages in one `TorchTrainer.fit`."""
+
+    model: Path
+    """Model folder to start from."""
+    output: Path
+    """Model folder to write; it appears complete or not at all."""
+    storage: Path = Path("runs/train")
+    """Folder of the run: metrics, curve, checkpoints."""
+    run_name: str | None = None
+    """Name of the run under `storage`; a name used before continues that run. None makes a new one from the time."""
+    data: DataConfig
+    """Samples."""
+    stages: tuple[StageConfig, ...] = Field(default_factory=valley_stages, min_length=1)
+    """Stages, in order."""
+    global_batch_size: int = Field(default=32, ge=1)
+    """Samples per optimizer step, over all workers; the result does not depend on the number of workers."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Samples that one worker runs at a time; divides `global_batch_size`."""
+    num_workers: int = Field(default=2, ge=1)
+    """Training processes."""
+    cpus_per_worker: float = Field(default=0.5, gt=0)
+    """CPUs that a worker reserves. Fractions leave room for the pipeline's tasks: two workers with one CPU each
+    starve it on a two-CPU machine."""
+    use_gpu: bool = False
+    """One GPU per worker."""
+    threads_per_worker: int = Field(default=1, ge=1)
+    """torch threads of a worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the trained part; optimizer state is float32 always."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sample order."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two lines of metrics."""
+    checkpoint_every: int | None = Field(default=200, ge=1)
+    """Steps between two checkpoints; None makes none (a killed run then starts again)."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    max_failures: int = Field(default=3, ge=0)
+    """Worker deaths from which the run goes on from its latest checkpoint."""
+    prefetch_steps: int = Field(default=2, ge=1)
+    """Steps whose batches are made ready while one is trained."""
+    feature_cache_bytes: int = Field(default=0, ge=0)
+    """Memory of each worker for tower features of clips seen before; 0 means off."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest wait for another worker (collectives) or for the next committed window."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of "
+                f"micro_batch_size={self.micro_batch_size}; change one of them"
+            )
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {', '.join(names)}")
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError("precision fp16 needs use_gpu=true; take bf16 or fp32 on CPUs")
+        return self

@@ -1,0 +1,234 @@
+"""The worker loop: one for every stage, the same on every rank. Knows no data pipeline and no driver.
+
+A stage opens the model folder, puts in what earlier stages trained, wraps its core in a DeepSpeed engine and steps
+through the plan. The tower stays outside the engine; its features are computed here, without gradients.
+"""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+
+from valley_ray.model.valley import ValleyForConditionalGeneration
+from valley_ray.processor import ValleyProcessor
+from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, restore, save
+from valley_ray.train.config import StageConfig, TrainConfig
+from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
+from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
+from valley_ray.train.packing import MicroBatch
+from valley_ray.train.plan import StagePlan
+from valley_ray.train.stages import learning_rate_scale, prepare_stage
+from valley_ray.train.zero import ZeroEngine, build_engine, load_parameters
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What the driver hands to every worker."""
+
+    config: TrainConfig
+    windows_dir: Path
+    run_dir: Path
+    """Folder of metrics and curve."""
+
+
+def run_worker(task: WorkerTask) -> dict[str, Any]:
+    """Train all stages on this rank; rank 0 writes the model folder.
+
+    Returns a summary (steps, seconds per stage, last loss), or ``{"error": reason}`` for an end that another attempt
+    would only repeat. Anything else is raised, and Ray Train starts another attempt.
+    """
+    torch.set_num_threads(task.config.threads_per_worker)
+    torch.manual_seed(task.config.seed)
+    try:
+        return _Worker(task).run()
+    except RunEndedError as error:
+        return {"error": str(error)}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage that is being trained."""
+
+    number: int
+    config: StageConfig
+    plan: StagePlan
+    planned_steps: int
+    """Over all rows of the store, known before the first window; failed rows make the stage end earlier."""
+    model: ValleyForConditionalGeneration
+    engine: ZeroEngine
+
+
+class _Worker:
+    def __init__(self, task: WorkerTask) -> None:
+        self._task = task
+        self._config = task.config
+        context = ray.train.get_context()
+        self._rank, self._world = context.get_world_rank(), context.get_world_size()
+        self._device = ray.train.torch.get_device()
+        self._processor = ValleyProcessor.from_pretrained(task.config.model)
+        self._index = SampleIndex(task.windows_dir)
+        info = self._index.info(timeout_s=task.config.timeout_s)
+        self._num_rows = info.num_samples
+        self._run_key = _run_key(task.config, info.fingerprint)
+        self._cache = FeatureCache(task.config.feature_cache_bytes)
+        self._meter = Meter()
+        self._log: MetricsLog | None = None
+        self._trained: dict[str, torch.Tensor] = {}
+        self._step = 0
+        self._loss = float("nan")
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        with restore(world=self._world, run_key=self._run_key) as restored:
+            if restored is not None:
+                self._trained.update(restored.earlier)
+                self._step = restored.progress.step
+            if self._rank == 0:
+                self._log = MetricsLog(self._task.run_dir, last_step=self._step)
+            first = restored.progress.stage if restored is not None else 0
+            for number in range(first, len(self._config.stages)):
+                self._run_stage(number, restored if number == first else None)
+        if self._log is not None:
+            export_model(self._config.model, self._config.output, self._trained)
+            self._log.plot()
+        return {"num_steps": self._step, "loss": self._loss, "seconds": self._seconds}
+
+    def _run_stage(self, number: int, restored: Restored | None) -> None:
+        began = time.perf_counter()
+        stage = self._open_stage(number)
+        stage_step = 0
+        if restored is not None:
+            stage.engine.load(restored.folder, tag=ENGINE_TAG)
+            stage_step = restored.progress.stage_step
+        self._meter.start_stage()
+        every = self._config.checkpoint_every
+        with Feeder(stage.plan, self._index, self._cache, self._feed_settings(), first_step=stage_step) as feeder:
+            for batches in feeder:
+                self._train(stage, batches, feeder)
+                stage_step = batches.index + 1
+                if every is not None and self._step % every == 0:
+                    self._checkpoint(stage, stage_step)
+        if every is not None and number < len(self._config.stages) - 1 and self._step % every:
+            self._checkpoint(stage, stage_step)
+        self._trained.update(stage.engine.trained_parameters())
+        stage.engine.close()
+        self._seconds[stage.config.name] = time.perf_counter() - began
+
+    def _open_stage(self, number: int) -> _Stage:
+        config, stage = self._config, self._config.stages[number]
+        plan = StagePlan(
+            stage=number,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            epochs=stage.epochs,
+            max_steps=stage.max_steps,
+        )
+        model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
+        load_parameters(model.core, self._trained)
+        model.to(self._device)
+        groups = prepare_stage(model.core, stage)
+        num_micro_batches = plan.num_micro_batches(self._world)
+        engine = build_engine(model.core, groups, config, stage, num_micro_batches=num_micro_batches, world=self._world)
+        return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine)
+
+    def _train(self, stage: _Stage, batches: StepBatches, feeder: Feeder) -> None:
+        """One optimizer step. The loss is the mean over the label tokens of the global batch, on every rank."""
+        scale = learning_rate_scale(batches.index, stage.planned_steps, stage.config)
+        loss = torch.zeros((), device=self._device)
+        *accumulated, last = batches.micro_batches
+        for micro_batch in accumulated:
+            loss += self._backward(stage, micro_batch, batches)
+            stage.engine.step(scale)
+        loss += self._backward(stage, last, batches)
+        torch.distributed.all_reduce(loss)
+        self._loss = float(loss)
+        if not math.isfinite(self._loss):
+            self._stop_nonfinite(stage, batches)
+        grad_norm = stage.engine.step(scale)
+        self._step += 1
+        self._meter.add(samples=batches.num_samples, tokens=batches.num_tokens)
+        if self._log is not None and (self._step % self._config.log_every == 0 or batches.index == 0):
+            self._log.write(self._metrics(stage, batches, scale, grad_norm, feeder.wait_s))
+
+    def _backward(self, stage: _Stage, micro_batch: MicroBatch, batches: StepBatches) -> torch.Tensor:
+        """Gradients of one micro-batch; returns its share of the step's loss."""
+        device = self._device
+        output = stage.engine(
+            input_ids=micro_batch.input_ids.to(device),
+            attention_mask=micro_batch.attention_mask.to(device),
+            features=self._features(stage.model, micro_batch),
+            labels=micro_batch.labels.to(device),
+            loss_reduction="sum",
+            return_logits=False,
+        )
+        loss = output.loss / max(1, batches.num_label_tokens)
+        stage.engine.backward(loss * self._world)
+        return loss.detach()
+
+    def _features(self, model: ValleyForConditionalGeneration, micro_batch: MicroBatch) -> list[torch.Tensor]:
+        """Tower features [T, 1+P, Dv] of every visual block, in order."""
+        missing = [clip for clip in micro_batch.clips if clip.pixel_values is not None]
+        pixels = [clip.pixel_values.to(self._device) for clip in missing if clip.pixel_values is not None]
+        encoded = dict(zip(map(id, missing), model.encode_clips(pixels), strict=True)) if pixels else {}
+        for clip in missing:
+            self._cache.put(clip.key, encoded[id(clip)])
+        found = [encoded.get(id(clip), clip.features) for clip in micro_batch.clips]
+        return [features for features in found if features is not None]
+
+    def _metrics(
+        self, stage: _Stage, batches: StepBatches, scale: float, grad_norm: float, wait_s: float
+    ) -> StepMetrics:
+        return StepMetrics(
+            step=self._step,
+            stage=stage.config.name,
+            stage_step=batches.index + 1,
+            stage_steps=stage.planned_steps,
+            loss=self._loss,
+            learning_rate=scale * stage.config.learning_rate,
+            grad_norm=grad_norm,
+            rss_bytes=peak_rss_bytes(),
+            cuda_bytes=torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0,
+            **self._meter.rates(wait_s=wait_s),
+        )
+
+    def _checkpoint(self, stage: _Stage, stage_step: int) -> None:
+        progress = Progress(
+            stage=stage.number, stage_step=stage_step, step=self._step, world=self._world, run_key=self._run_key
+        )
+        save(stage.engine, progress, self._trained, rank=self._rank, loss=self._loss)
+
+    def _stop_nonfinite(self, stage: _Stage, batches: StepBatches) -> None:
+        """Leave the sample ids of the step and end the run, on every rank alike."""
+        path = self._task.run_dir / f"nonfinite-rank{self._rank}.json"
+        ids = [name for micro_batch in batches.micro_batches for name in micro_batch.sample_ids]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": self._step, "sample_ids": ids}), encoding="utf-8")
+        raise RunEndedError(
+            f"the loss is {self._loss} at step {batches.index + 1} of {stage.config.name}; the samples of that step are in "
+            f"{path.parent}/nonfinite-rank*.json; lower learning_rate or remove them"
+        )
+
+    def _feed_settings(self) -> FeedSettings:
+        return FeedSettings(
+            rank=self._rank,
+            world=self._world,
+            pad_token_id=self._processor.pad_token_id,
+            pixel_values=self._processor.pixel_values,
+            prefetch_steps=self._config.prefetch_steps,
+            timeout_s=self._config.timeout_s,
+        )
+
+
+def _run_key(config: TrainConfig, store_fingerprint: str) -> str:
+    decides = config.model_dump(mode="json", include={"seed", "global_batch_size", "stages", "zero_stage", "precision"})
+    text = json.dumps({**decides, "store": store_fingerprint}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+"""Samples → one padded micro-batch. Knows no plan, no ranks and no files.
+
+Legend: B samples, L tokens of the longest one, T frames, S crop side, P patches, Dv tower width.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from valley_ray.data.shards import Sample
+
+IGNORED = -100
+"""Label of positions without a loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One visual block, as pixels or as features that an earlier batch has computed."""
+
+    key: Hashable
+    """Names the clip within the store."""
+    pixel_values: torch.Tensor | None
+    """float32 [T, 3, S, S]"""
+    features: torch.Tensor | None = None
+    """[T, 1+P, Dv]"""
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one forward pass takes. One without samples has weight zero: it only keeps a rank in step."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]"""
+    attention_mask: torch.Tensor
+    """int64 [B, L]"""
+    labels: torch.Tensor
+    """int64 [B, L], -100 where no loss is taken"""
+    clips: tuple[Clip, ...]
+    """Visual blocks in order over the batch."""
+    sample_ids: tuple[str, ...]
+
+
+def collate(samples: Sequence[Sample], clips: Sequence[Clip], *, pad_token_id: int) -> MicroBatch:
+    """Pad `samples` on the right to the longest. No samples give the zero-weight batch: two tokens without a label."""
+    length = max((len(sample.input_ids) for sample in samples), default=2)
+    shape = (max(1, len(samples)), length)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    if not samples:
+        attention_mask.fill_(1)
+    for row, sample in enumerate(samples):
+        count = len(sample.input_ids)
+        input_ids[row, :count] = torch.from_numpy(sample.input_ids)
+        labels[row, :count] = torch.from_numpy(sample.labels)
+        attention_mask[row, :count] = 1
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        clips=tuple(clips),
+        sample_ids=tuple(sample.sample_id for sample in samples),
+    )
+
+
+def make_clip(
+    key: Hashable,
+    frames: NDArray[np.uint8],
+    *,
+    pixel_values: Callable[[NDArray[np.uint8]], torch.Tensor],
+    features: torch.Tensor | None,
+) -> Clip:
+    """A clip from its features if they are at hand, else from frames uint8 [T, S, S, 3], normalised."""
+    return Clip(key=key, pixel_values=None if features is not None else pixel_values(frames), features=features)

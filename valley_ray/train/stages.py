@@ -1,0 +1,89 @@
+"""What a stage trains: parts (named in a configuration) → parameters, with learning rates and weight decay."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from valley_ray.errors import ConfigError
+from valley_ray.model.valley import ValleyCore
+from valley_ray.train.config import Part, StageConfig
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    learning_rate: float
+    weight_decay: float
+
+
+def prepare_stage(core: ValleyCore, stage: StageConfig) -> tuple[ParameterGroup, ...]:
+    """Mark what `stage` trains in `core` (`requires_grad`) and return it as optimizer groups.
+
+    Raises:
+        ConfigError: a part of the stage has no parameters in this model.
+    """
+    embedding = core.language_model.get_input_embeddings().weight
+    parts = {name: _part(name, parameter is embedding, stage) for name, parameter in core.named_parameters()}
+    for part in stage.trainable:
+        if part not in parts.values():
+            raise ConfigError(f"stage {stage.name} trains {part!r}, but this model has no such parameters; leave it out")
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in core.named_parameters():
+        part = parts[name]
+        parameter.requires_grad_(part is not None)
+        if part is None:
+            continue
+        decay = 0.0 if parameter.ndim < 2 or part == "new_embeddings" else stage.weight_decay
+        if part == "new_embeddings":
+            _train_rows(parameter, _new_token_ids(core))
+        rate = stage.learning_rates.get(part, stage.learning_rate)
+        groups.setdefault((rate, decay), []).append((name, parameter))
+    return tuple(
+        ParameterGroup(tuple(n for n, _ in members), tuple(p for _, p in members), rate, decay)
+        for (rate, decay), members in groups.items()
+    )
+
+
+def learning_rate_scale(step: int, num_steps: int, stage: StageConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based) of `num_steps`: linear warm-up whose first step is not
+    zero, then constant or a cosine that reaches zero after the last step."""
+    warmup = math.ceil(stage.warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if stage.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _part(name: str, is_embedding: bool, stage: StageConfig) -> Part | None:
+    """The part of `stage` that holds parameter `name`, or None for a frozen one."""
+    held_by: tuple[Part, ...] = ("temporal",)
+    if name.startswith("mm_projector."):
+        held_by = ("projector",)
+    elif is_embedding:
+        held_by = ("language_model", "embeddings", "new_embeddings")
+    elif name.startswith("language_model."):
+        held_by = ("language_model",)
+    return next((part for part in held_by if part in stage.trainable), None)
+
+
+def _new_token_ids(core: ValleyCore) -> list[int]:
+    config = core.config
+    ids = [
+        *(config.vi_frame_token_id, config.vi_start_token_id, config.vi_end_token_id),
+        *(config.im_patch_token_id, config.im_start_token_id, config.im_end_token_id),
+    ]
+    return ids if config.pad_token_id is None else [*ids, config.pad_token_id]
+
+
+def _train_rows(weight: nn.Parameter, rows: list[int]) -> None:
+    """Let gradients through to `rows` of an embedding alone."""
+    mask = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+    mask[rows] = 1.0
+    weight.register_hook(lambda gradient: gradient * mask.to(gradient.dtype))

@@ -1,0 +1,156 @@
+"""TrainConfig → one `TorchTrainer.fit` for all stages, with the data pipeline beside it where the config says so.
+
+The driver's half: checks what can be checked before any worker starts, never opens the model, never starts or joins a
+Ray cluster (the caller does).
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from valley_ray.config import validate_config
+from valley_ray.data.shards import WindowStore
+from valley_ray.errors import ConfigError, TrainingError, ValleyError
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    model_folder: Path
+    metrics_path: Path
+    """JSONL of `valley_ray.train.metrics.StepMetrics`."""
+    curve_path: Path
+    """PNG of the loss."""
+    num_steps: int
+    loss: float
+    """Of the last step."""
+    seconds: dict[str, float]
+    """Per stage, by its name, engine building included."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Run all stages of `config` on the Ray cluster that is connected, and return once the model folder is written.
+
+    Raises:
+        ConfigError: the configuration cannot work; said before any worker starts.
+        TrainingError: Ray is not connected, the data pipeline failed, the loss is not finite, or workers died more
+            often than `max_failures`.
+    """
+    if not ray.is_initialized():
+        raise TrainingError("training needs a connected Ray; call ray.init(address=...) first")
+    check_config(config)
+    name = config.run_name or time.strftime("train-%Y%m%d-%H%M%S")
+    storage = config.storage.absolute()
+    run_dir = storage / name
+    assert config.data.windows_dir is not None
+    summary = _fit(config, storage, name, config.data.windows_dir)
+    return TrainResult(
+        model_folder=config.output.absolute(),
+        metrics_path=run_dir / METRICS_FILE,
+        curve_path=run_dir / CURVE_FILE,
+        num_steps=summary["num_steps"],
+        loss=summary["loss"],
+        seconds=summary["seconds"],
+    )
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise ConfigError, with the fix, for what cannot work on this machine's files and Ray's resources."""
+    if not (config.model / MODEL_FILE).is_file():
+        raise ConfigError(f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there")
+    if config.output.exists() and not (config.output / MODEL_FILE).is_file() and any(config.output.iterdir()):
+        raise ConfigError(f"output={str(config.output)!r} holds something else than a model; name another folder")
+    if config.output.absolute() == config.model.absolute():
+        raise ConfigError(f"output and model are the same folder {str(config.model)!r}; name another output")
+    if config.data.mode == "shards":
+        _check_store(config)
+    _check_resources(config)
+
+
+def _check_store(config: TrainConfig) -> None:
+    assert config.data.windows_dir is not None, "mode shards has a windows_dir"
+    store = WindowStore(config.data.windows_dir)
+    manifests = store.committed()
+    if not manifests or not manifests[-1].is_last:
+        raise ConfigError(
+            f"data.windows_dir={str(config.data.windows_dir)!r} holds {len(manifests)} windows and no last one; run the data "
+            "pipeline to its end, or set data.mode=overlap"
+        )
+    num_ok = sum(manifest.num_ok for manifest in manifests)
+    if num_ok < config.global_batch_size:
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is larger than the data, {num_ok} ok samples; lower it"
+        )
+
+
+def _check_resources(config: TrainConfig) -> None:
+    have = ray.cluster_resources()
+    wanted = {"CPU": config.num_workers * config.cpus_per_worker, "GPU": float(config.num_workers * config.use_gpu)}
+    for kind, amount in wanted.items():
+        if amount > have.get(kind, 0.0):
+            raise ConfigError(
+                f"num_workers={config.num_workers} need {amount:g} {kind}, Ray has {have.get(kind, 0.0):g}; lower "
+                f"num_workers or {'cpus_per_worker' if kind == 'CPU' else 'set use_gpu=false'}"
+            )
+
+
+def _fit(config: TrainConfig, storage: Path, name: str, windows_dir: Path) -> dict[str, Any]:
+    absolute = config.model_copy(update={"model": config.model.absolute(), "output": config.output.absolute()})
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"config": absolute, "windows_dir": windows_dir.absolute(), "run_dir": storage / name},
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(config.timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(storage),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _reason(error) from error
+    summary: dict[str, Any] = result.return_value
+    if "error" in summary:
+        raise TrainingError(summary["error"])
+    return summary
+
+
+def _train_loop(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each worker; only there are torch's models and DeepSpeed imported."""
+    from valley_ray.train.loop import WorkerTask, run_worker
+
+    return run_worker(WorkerTask(**values))
+
+
+def _reason(error: Exception) -> ValleyError:
+    """The user's mistake among the workers' failures, else the first of them."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    known = next((cause for cause in causes if isinstance(cause, ValleyError)), None)
+    if known is not None:
+        return known
+    lines = str(causes[0]).strip().splitlines()
+    return TrainingError(f"training workers failed: {type(causes[0]).__name__}: {lines[-1] if lines else 'no message'}")
