@@ -1,7 +1,7 @@
 """ValleyProcessor: where media and chat meet. Frames become pixel values, conversations become token ids and labels.
 
-Saved beside the model as processor_config.json and tokenizer files; everything that changes a token or a pixel is in it,
-and `fingerprint` names it all. Importing this module loads no torch. T frames, S crop side, P patches, L tokens.
+Saved beside the model as processor_config.json and tokenizer files; everything that changes a token or a pixel is in
+it, and `fingerprint` names it all. Importing this module loads no torch. T frames, S crop side, P patches, L tokens.
 """
 
 import hashlib

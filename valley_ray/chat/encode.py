@@ -1,9 +1,9 @@
 """Conversation → input_ids and labels, in the house's own prompt style `valley`.
 
-The text is upstream's training form, ``system\\n\\n### Human: question\\n### Assistant: answer``, and every answer ends with
-the tokenizer's end token, by which generation stops. Prompt and training tokens come from one walk over the turns that
-cuts the text after each "### Assistant:", so a prompt is a prefix of its training sequence for any tokenizer, and the
-learned positions (answer and end token) are known without measuring. Knows no torch and no media. L tokens.
+The text is upstream's training form, ``system\\n\\n### Human: question\\n### Assistant: answer``, and every answer ends
+with the tokenizer's end token, by which generation stops. Prompt and training tokens come from one walk over the turns
+that cuts the text after each "### Assistant:", so a prompt is a prefix of its training sequence for any tokenizer, and
+the learned positions (answer and end token) are known without measuring. Knows no torch and no media. L tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,7 +101,8 @@ def encode_prompt(
     ids = tuple(token for piece in before for token in piece.ids)
     if len(ids) > max_length:
         raise PromptTooLongError(
-            f"the prompt has {len(ids)} tokens but the model takes {max_length}; shorten the conversation or send fewer frames"
+            f"the prompt has {len(ids)} tokens but the model takes {max_length}; "
+            "shorten the conversation or send fewer frames"
         )
     return ids
 
@@ -151,8 +152,8 @@ def _continuation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def _check(conversation: Conversation, num_frames: Sequence[int]) -> None:
     if conversation.num_media != len(num_frames):
         raise ConversationError(
-            f"the conversation has {conversation.num_media} <video>/<image> marks but {len(num_frames)} pieces of media came; "
-            "write one mark per piece, in order"
+            f"the conversation has {conversation.num_media} <video>/<image> marks but {len(num_frames)} pieces of "
+            "media came; write one mark per piece, in order"
         )
     for message in conversation.messages:
         if message.role != "user" and message.num_media:

@@ -80,7 +80,7 @@ def added_token_ids(tokenizer: Tokenizer) -> AddedTokenIds:
 
 
 def visual_block(*, num_patches: int, num_frames: int) -> str:
-    """Text that stands for one clip or image: P patch placeholders, then one placeholder per frame (upstream's layout)."""
+    """Text that stands for one clip or image: P patch placeholders, then one placeholder per frame, as upstream."""
     return IM_START + IM_PATCH * num_patches + IM_END + VI_START + VI_FRAME * num_frames + VI_END
 
 

@@ -30,8 +30,8 @@ def grow_embeddings(language_model: Any, ids: dict[str, int], *, num_tokens: int
     """Give input embedding and head at least `num_tokens` rows and fill those of the added tokens in place.
 
     As upstream (valley/train/train.py and initialize_vision_tokenizer): [PAD] gets the mean of the rows before it;
-    <im_start> and <im_end> get the mean of all rows before them, the new ones included; <vi_frame>, <vi_start>, <vi_end>
-    and <im_patch> are drawn from the model's initial distribution (torch's global generator).
+    <im_start> and <im_end> get the mean of all rows before them, the new ones included; <vi_frame>, <vi_start>,
+    <vi_end> and <im_patch> are drawn from the model's initial distribution (torch's global generator).
     """
     table = language_model.get_input_embeddings()
     if table.num_embeddings < num_tokens:

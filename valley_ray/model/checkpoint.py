@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> None:
 
 
 def load_strictly(load: Any, folder: Path) -> Any:
-    """Call `load` (transformers' from_pretrained) on `folder` and refuse a model with a missing, odd or extra weight."""
+    """Call `load` (transformers' from_pretrained) on `folder`; refuse a missing, extra or odd-shaped weight."""
     check_folder(folder)
     try:
         model, info = load(folder, ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True)

@@ -16,11 +16,11 @@ ID_FIELD_OF_TOKEN = {
     "<im_start>": "im_start_token_id",
     "<im_end>": "im_end_token_id",
 }
-"""The seven added tokens in training order (chat/tokens.py spells them for prompts), and where the config keeps their ids."""
+"""The seven added tokens in training order (chat/tokens.py spells them for prompts) and the fields of their ids."""
 
 
 @strict
-class ValleyConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
+class ValleyConfig(PreTrainedConfig):
     """Configuration of `ValleyForConditionalGeneration`; saved as config.json of a model folder."""
 
     model_type = "valley"
@@ -46,9 +46,10 @@ class ValleyConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is u
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = _sub_config(self.text_config, "text_config", default="llama")
+        text_config = _sub_config(self.text_config, "text_config", default="llama")
+        self.text_config = text_config
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="clip_vision_model")
-        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = bool(text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
 
     @property

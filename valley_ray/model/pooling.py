@@ -4,25 +4,25 @@ Each pooling is two steps around the projector, so that one projector call serve
 poolings project after the mean (T times fewer rows). T frames, P patches, Dv tower width, D language width.
 """
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
 from valley_ray.errors import CheckpointError
 
 
-class Pooling(Protocol):
+class Pooling(nn.Module):
     """What the model asks of a pooling."""
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
         """[T, 1 + P, Dv] → [R, Dv]: the rows to project."""
+        raise NotImplementedError
 
     def tokens(self, projected: torch.Tensor, *, num_frames: int) -> torch.Tensor:
         """[R, D] → [P + T, D]: patch tokens, then frame tokens."""
+        raise NotImplementedError
 
 
-class MeanPooling(nn.Module):
+class MeanPooling(Pooling):
     """Patch tokens are the mean over time (Valley v1); the projector is linear, so the mean is taken before it."""
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ class MeanPooling(nn.Module):
         return projected
 
 
-class MaxPooling(nn.Module):
+class MaxPooling(Pooling):
     """Patch tokens are the maximum over time of the projected patches."""
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
@@ -47,10 +47,10 @@ class MaxPooling(nn.Module):
         return torch.cat([frames[:, 1:].amax(dim=0), frames[:, 0]])
 
 
-POOLINGS: dict[str, type[nn.Module]] = {"mean": MeanPooling, "max": MaxPooling}
+POOLINGS: dict[str, type[Pooling]] = {"mean": MeanPooling, "max": MaxPooling}
 
 
-def build_pooling(name: str) -> nn.Module:
+def build_pooling(name: str) -> Pooling:
     """The pooling called `name`; raises CheckpointError where there is none."""
     if name not in POOLINGS:
         raise CheckpointError(f"config.json: pooling={name!r} is unknown; expected one of {', '.join(POOLINGS)}")

@@ -14,7 +14,8 @@ from valley_ray.errors import CheckpointError
 
 def build_tower(config: PreTrainedConfig) -> nn.Module:
     """A tower of the shape that `config` says, with random weights."""
-    return AutoModel.from_config(config)
+    tower: nn.Module = AutoModel.from_config(config)
+    return tower
 
 
 def vision_half(model: nn.Module) -> nn.Module:
@@ -32,17 +33,17 @@ def extract_features(tower: nn.Module, pixel_values: torch.Tensor, *, layer: int
     """Hidden state `layer` of the tower as [N, 1 + P, Dv], frame token first; no norm is applied to it.
 
     `pixel_values` is float [N, 3, S, S]. The frame token is the tower's own first token (CLS) where it has one beside
-    the patches, else the mean over the patches. Towers with register tokens: those between CLS and patches are left out.
+    the patches, else the mean over the patches. Register tokens between CLS and patches are left out.
 
     Raises:
         CheckpointError: the tower gives fewer tokens than `num_patches`.
     """
-    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+    hidden: torch.Tensor = tower(pixel_values, output_hidden_states=True).hidden_states[layer]
     num_extra = hidden.shape[1] - num_patches
     if num_extra < 0:
         raise CheckpointError(
-            f"the vision tower gives {hidden.shape[1]} tokens per frame but its image_size and patch_size say {num_patches}; "
-            "use a tower that keeps one token per patch"
+            f"the vision tower gives {hidden.shape[1]} tokens per frame but its image_size and patch_size say "
+            f"{num_patches} patches; use a tower that keeps one token per patch"
         )
     if num_extra == 1:
         return hidden
