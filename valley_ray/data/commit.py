@@ -1,10 +1,12 @@
 """Writes a store: shards clip by clip, windows whole, commit markers last. The layout is told in shards.py."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valley_ray.data.schema import CLIPS_SCHEMA, SHARD_SCHEMA, WINDOW_SCHEMA
-from valley_ray.data.shards import FAILED_FILE, WindowManifest, window_name
+from valley_ray.data.shards import FAILED_FILE, LOCK_FILE, WindowManifest, window_name
+from valley_ray.errors import DataError
 from valley_ray.media.frames import VideoFrames
 
 
@@ -58,6 +61,24 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Be the only writer of the store at `directory`, which is created; ends with the process at the latest.
+
+    Raises:
+        DataError: another pipeline is writing there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another pipeline is writing to {directory}; wait for its end or choose another windows_dir"
+            ) from error
+        yield
+
+
 def commit_window(directory: Path, manifest: WindowManifest, samples: pa.Table, clips: pa.Table) -> None:
     """Write the files of a window, its marker last. `samples` has WINDOW_SCHEMA, `clips` CLIPS_SCHEMA."""
     assert samples.schema.equals(WINDOW_SCHEMA), f"want the window schema, got {samples.schema}"
@@ -85,7 +106,6 @@ def mark_failed(directory: Path, error: BaseException) -> None:
     """Leave `failed.json` for readers that wait: the producer gave up because of `error`."""
     error_class = getattr(error, "code", type(error).__name__)
     reason = " ".join(str(error).split())[:2000]
-    directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / FAILED_FILE, {"error_class": error_class, "error": reason})
 
 

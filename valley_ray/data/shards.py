@@ -7,6 +7,7 @@ A store is one folder:
     window-00000.clips.parquet    the clips that were first needed by this window, with what came of them
     window-00000.json             the commit marker, written last: a window without it does not exist
     failed.json                   the producer gave up, with the reason
+    writer.lock                   held by the one producer
 Every file is written under a temporary name and renamed, so a reader never sees half a file. Windows are committed in
 order, each once, and never change. Legend: T frames, S crop side, L tokens.
 """
@@ -30,6 +31,7 @@ from valley_ray.data.schema import CLIPS_SCHEMA, OK
 from valley_ray.errors import DataError
 
 FAILED_FILE = "failed.json"
+LOCK_FILE = "writer.lock"
 STORE_FILE = "store.json"
 OPEN_SHARDS = 64
 """How many shards a reader keeps mapped; a view keeps its own map alive, so evicting one is always safe."""

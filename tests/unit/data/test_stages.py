@@ -1,0 +1,110 @@
+"""The callables of the pipeline without Ray: one row out for each row in, whatever the file."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from data_clips import turns, write_clip
+from PIL import Image
+from tiny import make_tiny_valley
+
+from valley_ray.data.schema import FAILED, OK, PENDING
+from valley_ray.data.shards import WindowStore
+from valley_ray.data.sources import clip_row
+from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage, TokenizeStage
+from valley_ray.fetch import FetchPolicy
+from valley_ray.media.preprocess import Crop
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import SandboxLimits
+from valley_ray.processor import ValleyProcessor
+
+
+def decode(tmp_path: Path, clips: list[dict[str, Any]], limits: SandboxLimits | None = None) -> list[dict[str, Any]]:
+    stage = DecodeStage(
+        directory=tmp_path,
+        fingerprint="f",
+        sampling=FrameSampling(num_frames=4),
+        video_crop=Crop(size=32, short_side=32),
+        image_crop=Crop(size=32, short_side=32, resample="bicubic"),
+        limits=limits or SandboxLimits(),
+        policy=FetchPolicy(),
+    )
+    rows = [{"window": 0, "block": 0} | {key: clip[key] for key in BLOCK_SCHEMA.names[2:]} for clip in clips]
+    outcomes: list[dict[str, Any]] = stage(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA)).to_pylist()
+    return outcomes
+
+
+def test_good_and_bad_files_of_one_block_each_get_their_row(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "good.mp4", brightness=100)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("this is not a video")
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    Image.new("RGB", (64, 48), (200, 0, 0)).save(tmp_path / "image.png")
+    names = ["empty.mp4", "good.mp4", "text.mp4", "cut.mp4", "missing.mp4"]
+    clips = [clip_row("video", str(tmp_path / name)) for name in names]
+    clips += [clip_row("image", str(tmp_path / "image.png")), clip_row("video", "ftp://somewhere/x.mp4")]
+    outcomes = decode(tmp_path, clips)
+    assert [outcome["clip_id"] for outcome in outcomes] == [clip["clip_id"] for clip in clips]
+    assert [outcome["status"] for outcome in outcomes] == [FAILED, OK, FAILED, FAILED, FAILED, OK, FAILED]
+    assert [outcome["error_class"] for outcome in outcomes[:3]] == ["media_empty", "", "media_not_recognised"]
+    assert outcomes[4]["error_class"] == "source_not_found"
+    assert outcomes[6]["error_class"] == "source_not_allowed"
+    assert "empty.mp4" in outcomes[0]["error"]
+    assert [outcome["attempts"] for outcome in outcomes] == [1] * 7, "what is certain is not tried again"
+    store = WindowStore(tmp_path)
+    video, image = (store.frames(outcomes[i]["shard"], outcomes[i]["row"]) for i in (1, 5))
+    assert video.shape == (4, 32, 32, 3)
+    means = video.reshape(4, -1).mean(1)
+    np.testing.assert_allclose(means, [100, 102, 104, 107], atol=2, err_msg="truncated linspace(0, 7, 4); H.264 noise")
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_clip_that_hangs_is_tried_twice_and_then_failed(tmp_path: Path) -> None:
+    clip = clip_row("video", str(write_clip(tmp_path / "good.mp4", brightness=10)))
+    [outcome] = decode(tmp_path, [clip], SandboxLimits(timeout_s=1e-6))
+    assert (outcome["status"], outcome["error_class"], outcome["attempts"]) == (FAILED, "decode_timeout", 2)
+
+
+def test_window_of_a_clip_is_cut_out(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "good.mp4", brightness=100)
+    whole, part = decode(tmp_path, [clip_row("video", str(path)), clip_row("video", str(path), start_s=0.5, end_s=1)])
+    store = WindowStore(tmp_path)
+    assert store.frames(whole["shard"], whole["row"])[0].mean() == pytest.approx(100, abs=2)
+    assert store.frames(part["shard"], part["row"])[0].mean() == pytest.approx(104, abs=2), "frame 4 of 8 at 8 fps"
+    [backwards] = decode(tmp_path, [clip_row("video", str(path), start_s=2, end_s=1)])
+    assert backwards["status"] == FAILED
+
+
+def outcome_of(clip_id: str, num_frames: int, status: str = OK) -> dict[str, Any]:
+    reason = {"error_class": "" if status == OK else "media_corrupt", "error": "" if status == OK else "x.mp4: broken"}
+    return {"clip_id": clip_id, "num_frames": num_frames, "status": status, "shard": "s", "row": 3} | reason
+
+
+def test_samples_are_tokenized_for_the_frames_that_were_decoded(tmp_path: Path) -> None:
+    processor = ValleyProcessor.from_pretrained(make_tiny_valley(tmp_path / "model"))
+    messages = [
+        {"role": "user", "content": turns()[0]["value"], "speaker": "human"},
+        {"role": "assistant", "content": turns()[1]["value"], "speaker": "gpt"},
+    ]
+    plain = [{**messages[0], "content": "How many?"}, messages[1]]
+    long = [messages[0], {**messages[1], "content": "left " * 2000}]
+    no_room = [{**messages[0], "content": "left " * 2000 + "<video>"}, messages[1]]
+    cases = [(["a"], messages), (["b"], messages), (["bad"], messages), ([], plain), (["a"], long), (["a"], no_room)]
+    samples = [
+        {"sample_id": str(i), "clip_ids": ids, "conversation": turn, "status": PENDING, "error_class": "", "error": ""}
+        for i, (ids, turn) in enumerate(cases)
+    ]
+    outcomes = {"a": outcome_of("a", 4), "b": outcome_of("b", 7), "bad": outcome_of("bad", 0, FAILED)}
+    rows = TokenizeStage(processor)(samples, outcomes).to_pylist()
+    assert [row["sample_id"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert rows[1]["num_tokens"] - rows[0]["num_tokens"] == 3, "one token per frame"
+    assert rows[0]["clips"] == [{"shard": "s", "row": 3}]
+    assert (rows[2]["error_class"], rows[2]["error"], rows[2]["clips"]) == ("media_corrupt", "x.mp4: broken", [])
+    assert rows[3]["status"] == OK
+    assert rows[5]["error_class"] == "prompt_too_long"
+    for row in rows:
+        assert row["num_tokens"] == len(row["input_ids"]) == len(row["labels"]) <= processor.max_length
+        assert row["num_label_tokens"] == sum(label != -100 for label in row["labels"])
+        assert (row["num_label_tokens"] > 0) == (row["status"] == OK)

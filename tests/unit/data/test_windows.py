@@ -1,0 +1,71 @@
+"""Windows: which clip belongs where, and which store may be gone on with."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from valley_ray.data import windows
+from valley_ray.data.schema import CLIPS_SCHEMA, SAMPLES_SCHEMA
+from valley_ray.data.shards import StoreInfo
+from valley_ray.data.sources import clip_row
+from valley_ray.errors import DataError
+
+
+def make_tables(clips_of_samples: list[list[str]]) -> tuple[pa.Table, pa.Table]:
+    rows = {name: clip_row("video", name) for names in clips_of_samples for name in names}
+    clips = pa.Table.from_pylist(list(rows.values()), schema=CLIPS_SCHEMA)
+    samples = [
+        {"sample_id": str(i), "clip_ids": [rows[name]["clip_id"] for name in names], "conversation": []}
+        for i, names in enumerate(clips_of_samples)
+    ]
+    return clips, pa.Table.from_pylist(samples, schema=SAMPLES_SCHEMA)
+
+
+def test_clip_belongs_to_the_first_window_that_shows_it() -> None:
+    clips, samples = make_tables([["a"], ["b"], ["a", "c"], ["b"], []])
+    planned = windows.plan_windows(clips, samples, np.array([3, 4, 2, 1, 0]), 2)
+    assert [(w.index, w.first_position, w.samples.tolist()) for w in planned] == [
+        (0, 0, [3, 4]),
+        (1, 2, [2, 1]),
+        (2, 4, [0]),
+    ]
+    names = clips["uri"].to_pylist()
+    assert [[names[row] for row in w.clips] for w in planned] == [["b"], ["a", "c"], []]
+
+
+def test_blocks_hold_only_clips_that_are_still_missing() -> None:
+    clips, samples = make_tables([["a", "b", "c", "d"]])
+    [window] = windows.plan_windows(clips, samples, np.array([0]), 8)
+    done = {clips["clip_id"][1].as_py(): {}}
+    blocks = list(windows.blocks_of(window, clips, done, 2))
+    assert [block["uri"].to_pylist() for block in blocks] == [["a", "c"], ["d"]]
+    assert [set(block["block"].to_pylist()) for block in blocks] == [{0}, {1}]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, 2, 3]])
+def test_order_that_drops_or_repeats_a_sample_is_refused(order: list[int]) -> None:
+    assert windows.check_order([2, 0, 1], 3).tolist() == [2, 0, 1]
+    with pytest.raises(DataError, match="each of the 3 samples once"):
+        windows.check_order(order, 3)
+
+
+def test_store_made_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    parts = {"processor": "p", "order": "o"}
+    info = StoreInfo(windows.fingerprint(parts), parts, 3, 2, 2)
+    windows.open_store(tmp_path, info)
+    assert windows.open_store(tmp_path, info).info() == info, "opening it again goes on with it"
+    other = {"processor": "q", "order": "o"}
+    with pytest.raises(DataError, match="another processor; delete that folder"):
+        windows.open_store(tmp_path, StoreInfo(windows.fingerprint(other), other, 3, 2, 2))
+
+
+def test_digest_of_the_records_follows_texts_and_files() -> None:
+    base = windows.records_digest(*make_tables([["a"], ["b"]]))
+    assert windows.records_digest(*make_tables([["a"], ["b"]])) == base
+    assert windows.records_digest(*make_tables([["b"], ["a"]])) != base
+    clips, samples = make_tables([["a"], ["b"]])
+    etags = pa.array(["new", ""])
+    changed = clips.set_column(clips.column_names.index("etag"), "etag", etags)
+    assert windows.records_digest(changed, samples) != base

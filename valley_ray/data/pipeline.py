@@ -1,0 +1,291 @@
+"""The data pipeline, top to bottom: record files → tables → decoded clips → committed windows.
+
+Ray Data carries paths to the workers and outcomes back; frames go from a worker's decoder straight to its shard on
+disk. One execution streams through all windows: a window is committed as soon as its last block has arrived, while the
+blocks of later windows are being decoded. Needs an initialised Ray, on a thread of any kind.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from valley_ray.config import Config
+from valley_ray.data.commit import clear_failure, commit_window, exclusive, mark_failed
+from valley_ray.data.schema import FAILED, OK
+from valley_ray.data.shards import StoreInfo, WindowManifest
+from valley_ray.data.sources import join, read_records
+from valley_ray.data.stages import DecodeStage, TokenizeStage, decoder_version
+from valley_ray.data.windows import (
+    Outcome,
+    PlannedWindow,
+    blocks_of,
+    check_order,
+    fingerprint,
+    known_outcomes,
+    ledger,
+    open_store,
+    plan_windows,
+    records_digest,
+)
+from valley_ray.fetch import FetchPolicy
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import SandboxLimits
+
+if TYPE_CHECKING:
+    from valley_ray.processor import ValleyProcessor
+
+logger = logging.getLogger(__name__)
+
+Order = Sequence[int] | npt.NDArray[np.int64]
+"""Rows of the samples table, each once."""
+
+
+class PipelineConfig(Config):
+    """What is read, how it is cut and where it goes."""
+
+    records: tuple[Path, ...] = Field(min_length=1)
+    """Record files (LLaVA / Valley JSON lists), one after the other."""
+    media_root: Path
+    """Folder that the media names of the records are relative to."""
+    model: Path
+    """Model folder whose processor tokenizes and crops."""
+    windows_dir: Path
+    """Store of the windows: on a file system that all nodes and the trainers share."""
+    sampling: FrameSampling | None = None
+    """Frames taken from a video; None: as the processor says."""
+    seed: int | None = Field(default=None, ge=0)
+    """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
+    window_size: int = Field(default=256, ge=1)
+    """Samples per window. Trainers start after the first one."""
+    block_size: int = Field(default=32, ge=1)
+    """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
+    decode_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
+    max_decode_tasks: int | None = Field(default=None, ge=1)
+    """Decoding tasks at once; None: as many as fit."""
+    task_retries: int = Field(default=3, ge=0)
+    """How often a block is begun again after its worker or node died, before the pipeline fails."""
+    sandbox: SandboxLimits = SandboxLimits()
+    """Time and memory for decoding one clip."""
+    fetch: FetchPolicy = FetchPolicy()
+    """What may be fetched for media named by a URL; local files are not limited by it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSummary:
+    """What came of a run; rows are samples, and `rows_in` = `ok` + `failed` always."""
+
+    rows_in: int
+    ok: int
+    failed: int
+    by_error_class: dict[str, int]
+    """Failed samples by class."""
+    num_clips: int
+    clips_failed: int
+    clips_decoded: int
+    """Clips that this run decoded or tried to; the others were taken over from earlier runs."""
+    num_windows: int
+    windows_committed: int
+    """Windows that this run committed; the others were there."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything that is known before the first clip is decoded."""
+
+    config: PipelineConfig
+    processor: "ValleyProcessor"
+    sampling: FrameSampling
+    clips: pa.Table
+    samples: pa.Table
+    windows: list[PlannedWindow]
+    info: StoreInfo
+
+
+def run_pipeline(
+    config: PipelineConfig,
+    *,
+    order: Order | Callable[[int], Order] | None = None,
+    on_window: Callable[[WindowManifest], None] | None = None,
+) -> PipelineSummary:
+    """Work through all samples in `order` and commit window after window under `config.windows_dir`.
+
+    Committed windows and finished blocks of an earlier run are kept, so a restart goes on where it ended.
+
+    Args:
+        order: rows of the samples table, each once, or a function of their number; None: see `config.seed`.
+        on_window: called after each commit, on this thread.
+
+    Raises:
+        DataError: nothing can be read, `order` does not fit, or windows_dir holds another store.
+        CheckpointError: the model folder's processor cannot be opened.
+    """
+    with exclusive(config.windows_dir):
+        clear_failure(config.windows_dir)
+        try:
+            return _run(_plan(config, order), on_window)
+        except BaseException as error:
+            # Whatever ends this thread, trainers that wait for the next window must hear of it.
+            mark_failed(config.windows_dir, error)
+            raise
+
+
+def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) -> _Plan:
+    from valley_ray.processor import ValleyProcessor
+
+    processor = ValleyProcessor.from_pretrained(config.model)
+    sampling = config.sampling if config.sampling is not None else processor.sampling
+    clips, samples = join([read_records(path, media_root=config.media_root) for path in config.records])
+    num_samples = samples.num_rows
+    if order is None:
+        shuffled = np.random.default_rng(config.seed).permutation(num_samples)
+        order = shuffled if config.seed is not None else np.arange(num_samples)
+    rows = check_order(order(num_samples) if callable(order) else order, num_samples)
+    windows = plan_windows(clips, samples, rows, config.window_size)
+    parts = {
+        "processor": processor.fingerprint,
+        "sampling": sampling.key,
+        "decoder": decoder_version(),
+        "records": records_digest(clips, samples),
+        "order": fingerprint({"order": rows.tobytes().hex()}),
+        "window_size": str(config.window_size),
+    }
+    info = StoreInfo(fingerprint(parts), parts, num_samples, config.window_size, len(windows))
+    return _Plan(config, processor, sampling, clips, samples, windows, info)
+
+
+def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> PipelineSummary:
+    start = time.perf_counter()
+    config = plan.config
+    store = open_store(config.windows_dir, plan.info)
+    manifests = store.committed()
+    num_there = len(manifests)
+    outcomes = known_outcomes(store, plan.clips, plan.info.fingerprint)
+    missing = plan.windows[num_there:]
+    blocks = [block for window in missing for block in blocks_of(window, plan.clips, outcomes, config.block_size)]
+    num_known = len(outcomes)
+    logger.info(
+        "%d samples, %d windows of which %d are there, %d blocks to decode",
+        plan.samples.num_rows,
+        len(plan.windows),
+        num_there,
+        len(blocks),
+    )
+    with contextlib.closing(_decode(blocks, plan)) as arriving:
+        for window in missing:
+            _await_clips(window, plan, outcomes, arriving)
+            manifest = _commit(window, plan, outcomes)
+            manifests.append(manifest)
+            _log_progress(manifest, plan, (len(outcomes) - num_known) / (time.perf_counter() - start))
+            if on_window is not None:
+                on_window(manifest)
+    by_error_class: collections.Counter[str] = collections.Counter()
+    for manifest in manifests:
+        by_error_class.update(manifest.by_error_class)
+    return PipelineSummary(
+        rows_in=plan.samples.num_rows,
+        ok=sum(manifest.num_ok for manifest in manifests),
+        failed=sum(manifest.num_failed for manifest in manifests),
+        by_error_class=dict(by_error_class),
+        num_clips=len(outcomes),
+        clips_failed=sum(outcome["status"] == FAILED for outcome in outcomes.values()),
+        clips_decoded=len(outcomes) - num_known,
+        num_windows=len(plan.windows),
+        windows_committed=len(missing),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _log_progress(manifest: WindowManifest, plan: _Plan, clips_per_s: float) -> None:
+    logger.info(
+        "window %d of %d committed: %d ok, %d failed %s; %.1f clips/s",
+        manifest.index + 1,
+        len(plan.windows),
+        manifest.num_ok,
+        manifest.num_failed,
+        dict(manifest.by_error_class) or "",
+        clips_per_s,
+    )
+
+
+def _decode(blocks: list[pa.Table], plan: _Plan) -> Generator[list[Outcome], None, None]:
+    """Outcomes of the blocks, a list per block, about in order; nothing is started where there is nothing to do."""
+    if not blocks:
+        return
+    import ray.data
+
+    config = plan.config
+    stage = DecodeStage(
+        directory=config.windows_dir.absolute(),
+        fingerprint=plan.info.fingerprint,
+        sampling=plan.sampling,
+        video_crop=plan.processor.video_crop,
+        image_crop=plan.processor.image_crop,
+        limits=config.sandbox,
+        policy=config.fetch,
+    )
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        decoded = ray.data.from_arrow(blocks).map_batches(
+            stage,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=config.decode_cpus,
+            concurrency=config.max_decode_tasks,
+            max_retries=config.task_retries,
+        )
+    # Without prefetching, so that a window need not wait for the block after its last.
+    for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield batch.to_pylist()
+
+
+def _await_clips(
+    window: PlannedWindow, plan: _Plan, outcomes: dict[str, Outcome], arriving: Iterator[list[Outcome]]
+) -> None:
+    """Take outcomes in until those of `window` are there; blocks of later windows may come between."""
+    waiting = {plan.clips["clip_id"][row].as_py() for row in window.clips} - outcomes.keys()
+    while waiting:
+        block = next(arriving, None)
+        assert block is not None, f"decoding ended, but {len(waiting)} clips of window {window.index} did not arrive"
+        # A block that Ray ran again, after its first result was lost, may come with another shard: the first counts.
+        outcomes.update((outcome["clip_id"], outcome) for outcome in block if outcome["clip_id"] not in outcomes)
+        waiting -= outcomes.keys()
+
+
+def _commit(window: PlannedWindow, plan: _Plan, outcomes: dict[str, Outcome]) -> WindowManifest:
+    samples = plan.samples.take(window.samples).to_pylist()
+    ids = {clip_id for sample in samples for clip_id in sample["clip_ids"]}
+    tokenized = TokenizeStage(plan.processor)(samples, outcomes)
+    failed = collections.Counter(
+        row["error_class"] for row in tokenized.select(["status", "error_class"]).to_pylist() if row["status"] != OK
+    )
+    manifest = WindowManifest(
+        index=window.index,
+        first_position=window.first_position,
+        num_samples=len(samples),
+        num_ok=len(samples) - failed.total(),
+        num_failed=failed.total(),
+        num_tokens=sum(tokenized["num_tokens"].to_pylist()),
+        num_label_tokens=sum(tokenized["num_label_tokens"].to_pylist()),
+        num_clips=len(window.clips),
+        by_error_class=dict(failed),
+        shards=tuple(sorted({outcomes[clip_id]["shard"] for clip_id in ids})),
+        fingerprint=plan.info.fingerprint,
+        is_last=window.index == len(plan.windows) - 1,
+    )
+    clips = ledger(window, plan.clips, outcomes, plan.sampling.key)
+    commit_window(plan.config.windows_dir, manifest, tokenized, clips)
+    return manifest

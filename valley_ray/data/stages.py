@@ -1,0 +1,175 @@
+"""The work on a row as plain callables: decode clips into a shard, tokenize samples. Ray calls them, none knows Ray."""
+
+import functools
+import hashlib
+import importlib.metadata
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from valley_ray.chat.conversation import Conversation, Message
+from valley_ray.config import validate_config
+from valley_ray.data.commit import ShardWriter
+from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA
+from valley_ray.errors import DecodeCrashError, DecodeMemoryError, DecodeTimeoutError, ValleyError
+from valley_ray.fetch import FetchPolicy, fetch
+from valley_ray.media.frames import VideoFrames
+from valley_ray.media.preprocess import Crop
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import Sandbox, SandboxLimits
+
+if TYPE_CHECKING:
+    from valley_ray.processor import ValleyProcessor
+
+BLOCK_SCHEMA = pa.schema(
+    [
+        ("window", pa.int32()),
+        ("block", pa.int32()),
+        ("clip_id", pa.string()),
+        ("kind", pa.string()),
+        ("uri", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("etag", pa.string()),
+    ]
+)
+"""What DecodeStage takes: clips of one block of one window, by path only."""
+
+OUTCOME_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("status", pa.string()),
+        ("error_class", pa.string()),
+        ("error", pa.string()),
+        ("attempts", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("content_digest", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int32()),
+    ]
+)
+"""What DecodeStage gives back, a row for each row in; the frames stay on disk, in row `row` of `shard`."""
+
+TRIED_AGAIN = (DecodeCrashError, DecodeTimeoutError, DecodeMemoryError)
+"""Failures that another process may have caused; the others come out the same however often a file is decoded."""
+MAX_ATTEMPTS = 2
+
+
+def decoder_version() -> str:
+    """Name of what turns bytes into frames; frames of another decoder are other frames."""
+    return f"pyav-{importlib.metadata.version('av')}"
+
+
+@dataclass(frozen=True)
+class DecodeStage:
+    """Block of paths (BLOCK_SCHEMA) → a shard in `directory` and its outcomes (OUTCOME_SCHEMA).
+
+    Needs a fraction of a CPU and the memory of a few clips. A clip that fails is a row with its reason; only what is
+    no fault of a clip (a full disk, say) is raised. Called again after a lost result, it writes another shard.
+    """
+
+    directory: Path
+    fingerprint: str
+    sampling: FrameSampling
+    video_crop: Crop
+    image_crop: Crop
+    limits: SandboxLimits
+    policy: FetchPolicy
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        clips = block.to_pylist()
+        name = f"shard-{clips[0]['window']:05d}-{clips[0]['block']:04d}-{uuid.uuid4().hex[:8]}.arrow"
+        outcomes = []
+        with ShardWriter(self.directory, name, fingerprint=self.fingerprint) as shard:
+            for clip in clips:
+                outcome, frames = self._decode(clip)
+                num_frames = len(frames) if frames is not None else 0
+                row = shard.append({"clip_id": clip["clip_id"], "etag": clip["etag"], **outcome}, frames)
+                place = {"clip_id": clip["clip_id"], "num_frames": num_frames, "shard": name, "row": row}
+                outcomes.append(outcome | place)
+        return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
+
+    def _decode(self, clip: Mapping[str, Any]) -> tuple[dict[str, Any], VideoFrames | None]:
+        digest = ""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            outcome: dict[str, Any] = {"status": OK, "error_class": "", "error": "", "attempts": attempt}
+            try:
+                source = _source_of(clip, self.policy)
+                digest = hashlib.blake2b(source, digest_size=16).hexdigest() if isinstance(source, bytes) else ""
+                return outcome | {"content_digest": digest}, self._frames(source, clip)
+            except ValleyError as error:
+                outcome |= {"status": FAILED, "error_class": error.code, "error": str(error)}
+                if not isinstance(error, TRIED_AGAIN):
+                    break
+        return outcome | {"content_digest": digest}, None
+
+    def _frames(self, source: Path | bytes, clip: Mapping[str, Any]) -> VideoFrames:
+        if clip["kind"] == "image":
+            sampling, crop = FrameSampling(num_frames=1), self.image_crop
+        else:
+            window = {"start_s": clip["start_s"], "end_s": clip["end_s"]}
+            given = {key: value for key, value in window.items() if value is not None}
+            values = self.sampling.model_dump() | given
+            sampling, crop = (
+                validate_config(FrameSampling, values, source=f"the window of {clip['uri']}"),
+                self.video_crop,
+            )
+        return _sandbox(self.limits).frames(source, sampling, crop=crop, name=Path(clip["uri"]).name)
+
+
+def _source_of(clip: Mapping[str, Any], policy: FetchPolicy) -> Path | bytes:
+    """Local files are read by the decoder itself, whatever their size; the rest goes through the fetch policy."""
+    return fetch(clip["uri"], policy).source if "://" in clip["uri"] else Path(clip["uri"])
+
+
+@functools.cache
+def _sandbox(limits: SandboxLimits) -> Sandbox:
+    """The one decoding child of this worker process; it ends with it."""
+    return Sandbox(limits=limits)
+
+
+@dataclass(frozen=True)
+class TokenizeStage:
+    """Rows of the samples table and the outcomes of their clips → rows of a window (WINDOW_SCHEMA), one for one.
+
+    Needs one CPU for about a millisecond per sample, no memory to speak of.
+    """
+
+    processor: "ValleyProcessor"
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+        """`outcomes` by clip_id; a sample with a failed clip fails with that clip's class and reason."""
+        rows = [self._row(sample, [outcomes[clip] for clip in sample["clip_ids"]]) for sample in samples]
+        return pa.Table.from_pylist(rows, schema=WINDOW_SCHEMA)
+
+    def _row(self, sample: Mapping[str, Any], clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        row = {"sample_id": sample["sample_id"], "clips": [{"shard": c["shard"], "row": c["row"]} for c in clips]}
+        if sample["status"] != PENDING:
+            return row | _failure(sample["error_class"], sample["error"])
+        bad = next((clip for clip in clips if clip["status"] != OK), None)
+        if bad is not None:
+            return row | _failure(bad["error_class"], bad["error"])
+        try:
+            encoded = self._encode(sample, [clip["num_frames"] for clip in clips])
+        except ValleyError as error:
+            return row | _failure(error.code, str(error))
+        return row | encoded | {"status": OK, "error_class": "", "error": ""}
+
+    def _encode(self, sample: Mapping[str, Any], num_frames: Sequence[int]) -> dict[str, Any]:
+        conversation = Conversation(tuple(Message(**turn) for turn in sample["conversation"]))
+        encoded = self.processor.encode_training(conversation, num_frames)
+        return {
+            "input_ids": encoded.input_ids.tolist(),
+            "labels": encoded.labels.tolist(),
+            "num_tokens": len(encoded.input_ids),
+            "num_label_tokens": encoded.num_label_tokens,
+        }
+
+
+def _failure(error_class: str, error: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {"input_ids": [], "labels": [], "num_tokens": 0, "num_label_tokens": 0, "clips": []}
+    return empty | {"status": FAILED, "error_class": error_class, "error": error}
