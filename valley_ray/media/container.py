@@ -52,7 +52,7 @@ class PacketTable:
 
     def times_s(self, time_base: float) -> npt.NDArray[np.float64]:
         """float64 [F], presentation time of each shown frame, seconds."""
-        return self.pts[self.shown] * time_base
+        return self.pts[self.shown].astype(np.float64) * time_base
 
 
 def reason(error: BaseException) -> str:
@@ -97,7 +97,9 @@ def _open(source: MediaSource, *, name: str) -> Any:
     except (av.error.FFmpegError, ValueError) as error:
         head = read_head(source, name=name)
         if head[4:8] in _MP4_BOXES:
-            raise TruncatedMediaError(f"{name}: the mp4 index (moov box) is missing or cut off; copy the file again") from error
+            raise TruncatedMediaError(
+                f"{name}: the mp4 index (moov box) is missing or cut off; copy the file again"
+            ) from error
         if head.startswith(_MAGICS):
             raise CorruptMediaError(f"{name}: the container header cannot be read ({reason(error)})") from error
         raise NotMediaError(f"{name}: not a video or image ({reason(error)}); give a media file") from error
@@ -130,7 +132,7 @@ def duration_s(container: Any, stream: Any) -> float | None:
 
 
 def _clock_seconds(text: str) -> float | None:
-    """"00:00:10.381000000", Matroska's per-stream DURATION tag."""
+    """ "00:00:10.381000000", Matroska's per-stream DURATION tag."""
     parts = text.split(":")
     try:
         hours, minutes, seconds = (float(part) for part in parts)
@@ -232,7 +234,8 @@ def check_complete(container: Any, stream: Any, times_s: npt.NDArray[np.float64]
     if stream.duration is None and _other_streams_end_s(container, stream) >= _MIN_SHOWN_SHARE * expected:
         return
     raise TruncatedMediaError(
-        f"{name}: shows {len(times_s)} frames ({covered:.2f} s) of {expected:.2f} s announced; the file is cut or has a hole"
+        f"{name}: shows {len(times_s)} frames ({covered:.2f} s) of {expected:.2f} s announced; "
+        "the file is cut off or has a hole, copy it again"
     )
 
 

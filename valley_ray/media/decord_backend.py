@@ -52,9 +52,9 @@ def _choose(
     """Indices int64 [T] and times float64 [T] of the sampled frames, by decord's own count and clock."""
     num_frames = len(reader)  # type: ignore[arg-type]
     stamps = np.asarray(reader.get_frame_timestamp(range(num_frames)), np.float64).reshape(num_frames, -1)[:, 0]  # type: ignore[attr-defined]
-    window = window_frames(sampling, stamps, name=name)
+    first, last = window_frames(sampling, stamps, name=name)
     fps = float(reader.get_avg_fps())  # type: ignore[attr-defined]
-    indices = frame_indices(sampling, num_frames=window.stop - window.start, fps=fps) + window.start
+    indices = first + frame_indices(sampling, num_frames=last - first, fps=fps)
     if len(indices) > limits.max_frames:
         raise MediaLimitError(f"{name}: {len(indices)} frames are more than {limits.max_frames=}; sample fewer")
     return indices, stamps[indices]

@@ -16,9 +16,13 @@ class VideoFrames:
     """float64 [T]; presentation time of each frame from the start of the stream; zeros for images."""
 
     def __post_init__(self) -> None:
-        assert self.frames_THWC.ndim == 4 and self.frames_THWC.shape[3] == 3, f"want [T, H, W, 3], got {self.frames_THWC.shape}"
+        shape = self.frames_THWC.shape
+        assert len(shape) == 4, f"want [T, H, W, 3], got {shape}"
+        assert shape[3] == 3, f"want [T, H, W, 3], got {shape}"
         assert self.frames_THWC.dtype == np.uint8, f"want uint8, got {self.frames_THWC.dtype}"
-        assert self.pts_seconds.shape == (len(self.frames_THWC),), f"want one time per frame, got {self.pts_seconds.shape}"
+        assert self.pts_seconds.shape == (len(self.frames_THWC),), (
+            f"want one time per frame, got {self.pts_seconds.shape}"
+        )
 
     def __len__(self) -> int:
         return len(self.frames_THWC)

@@ -34,9 +34,7 @@ def probe_image(source: MediaSource, *, name: str, limits: DecodeLimits) -> Medi
         return MediaInfo("image", 1, 0.0, image.width, image.height, None, None, (image.format or "").lower(), 1)
 
 
-def decode_image(
-    source: MediaSource, *, name: str, limits: DecodeLimits, transform: Transform | None
-) -> VideoFrames:
+def decode_image(source: MediaSource, *, name: str, limits: DecodeLimits, transform: Transform | None) -> VideoFrames:
     """One frame [1, H, W, 3], whatever the sampling, turned upright by its EXIF orientation."""
     frame_HWC = _read(source, name=name, limits=limits)
     if transform is not None:

@@ -93,8 +93,8 @@ def _choose(
     """Indices of the sampled frames among all shown frames, the window applied."""
     if not fps and len(times_s) > 1:
         fps = (len(times_s) - 1) / float(times_s[-1] - times_s[0])
-    window = window_frames(sampling, times_s, name=name)
-    indices = frame_indices(sampling, num_frames=window.stop - window.start, fps=fps) + window.start
+    first, last = window_frames(sampling, times_s, name=name)
+    indices = first + frame_indices(sampling, num_frames=last - first, fps=fps)
     if len(indices) > limits.max_frames:
         raise MediaLimitError(f"{name}: {len(indices)} frames are more than {limits.max_frames=}; sample fewer")
     return indices
@@ -123,7 +123,9 @@ class _Collector:
             frame_HWC = self._transform(frame_HWC)
         self._num_bytes += frame_HWC.nbytes
         if self._num_bytes > self._limits.max_output_bytes:
-            raise MediaLimitError(f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer")
+            raise MediaLimitError(
+                f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer"
+            )
         self._frames[index] = frame_HWC
 
     def result(self, indices: npt.NDArray[np.int64], times_s: npt.NDArray[np.float64]) -> VideoFrames:
@@ -133,7 +135,9 @@ class _Collector:
             raise CorruptMediaError(f"{self._name}: frames change size ({sorted(shapes)}); ask for a crop")
         frames_THWC = np.empty((len(indices), *shapes.pop()), np.uint8)
         if frames_THWC.nbytes > self._limits.max_output_bytes:
-            raise MediaLimitError(f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer")
+            raise MediaLimitError(
+                f"{self._name}: its frames are more than {self._limits.max_output_bytes=}; sample fewer"
+            )
         for row, index in enumerate(indices):
             frames_THWC[row] = self._frames[int(index)]
         return VideoFrames(frames_THWC, times_s[indices])

@@ -62,13 +62,15 @@ def frame_indices(sampling: FrameSampling, *, num_frames: int, fps: float) -> np
         return np.linspace(0, num_frames - 1, sampling.num_frames).astype(np.int64)
     assert sampling.fps is not None, "the validator lets exactly one of num_frames and fps be None"
     if not fps > 0:
-        raise SamplingError(f"cannot sample {sampling.fps} frames per second of media without a frame rate; set num_frames")
+        raise SamplingError(
+            f"cannot sample {sampling.fps} frames per second of media without a frame rate; set num_frames"
+        )
     step = max(1, int(round(fps) / sampling.fps))
     return np.arange(0, num_frames, step, dtype=np.int64)
 
 
-def window_frames(sampling: FrameSampling, times_s: npt.NDArray[np.float64], *, name: str) -> slice:
-    """The frames whose times lie in the sampling's window, as a slice of `times_s`.
+def window_frames(sampling: FrameSampling, times_s: npt.NDArray[np.float64], *, name: str) -> tuple[int, int]:
+    """The frames whose times lie in the sampling's window, as half-open [first, last) of `times_s`.
 
     Args:
         times_s: float64 [N], non-decreasing presentation times.
@@ -84,6 +86,6 @@ def window_frames(sampling: FrameSampling, times_s: npt.NDArray[np.float64], *, 
     if first >= last:
         length = f"{offsets[-1]:.3f} s after its first" if len(offsets) else "nowhere"
         raise SamplingError(
-            f"{name}: no frame between start_s={sampling.start_s} and end_s={sampling.end_s}; its last frame is {length}"
+            f"{name}: no frame between start_s={sampling.start_s} and end_s={sampling.end_s}; the last is {length}"
         )
-    return slice(first, last)
+    return first, last
