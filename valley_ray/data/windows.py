@@ -33,7 +33,7 @@ class PlannedWindow:
     index: int
     first_position: int
     samples: npt.NDArray[np.int64]
-    clips: tuple[int, ...]
+    clips: npt.NDArray[np.int64]
 
 
 def plan_windows(
@@ -47,9 +47,9 @@ def plan_windows(
     for index, first in enumerate(range(0, len(order), window_size)):
         rows = order[first : first + window_size]
         shown = dict.fromkeys(row_of[clip_id] for row in rows.tolist() for clip_id in clip_ids[row])
-        new = tuple(row for row in shown if row not in seen)
+        new = [row for row in shown if row not in seen]
         seen.update(new)
-        windows.append(PlannedWindow(index, first, rows, new))
+        windows.append(PlannedWindow(index, first, rows, np.array(new, np.int64)))
     return windows
 
 
@@ -58,7 +58,7 @@ def blocks_of(
 ) -> Iterator[pa.Table]:
     """The clips of `window` that are still to be decoded, as tables of BLOCK_SCHEMA with at most `block_size` rows."""
     columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
-    rows = [row for row in clips.select(columns).take(list(window.clips)).to_pylist() if row["clip_id"] not in done]
+    rows = [row for row in clips.select(columns).take(window.clips).to_pylist() if row["clip_id"] not in done]
     for block, first in enumerate(range(0, len(rows), block_size)):
         part = [{"window": window.index, "block": block, **row} for row in rows[first : first + block_size]]
         yield pa.Table.from_pylist(part, schema=BLOCK_SCHEMA)
@@ -142,6 +142,6 @@ def ledger(window: PlannedWindow, clips: pa.Table, outcomes: Mapping[str, Outcom
     """The clips of `window` (CLIPS_SCHEMA) with what came of them."""
     rows = [
         row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] == "image" else sampling}
-        for row in clips.take(list(window.clips)).to_pylist()
+        for row in clips.take(window.clips).to_pylist()
     ]
     return pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)

@@ -33,6 +33,7 @@ def test_clip_belongs_to_the_first_window_that_shows_it() -> None:
     ]
     names = clips["uri"].to_pylist()
     assert [[names[row] for row in w.clips] for w in planned] == [["b"], ["a", "c"], []]
+    assert [list(windows.blocks_of(w, clips, {}, 2)) for w in planned[2:]] == [[]], "a window may need no clip"
 
 
 def test_blocks_hold_only_clips_that_are_still_missing() -> None:
