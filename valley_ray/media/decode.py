@@ -3,11 +3,13 @@
 Hostile files are for `valley_ray.media.sandbox`, which runs the same in a killable child. Knows no torch and no Ray.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from valley_ray.errors import ConfigError, EmptyMediaError
+from valley_ray.errors import ConfigError, DecodeMemoryError, EmptyMediaError
 from valley_ray.media.frames import VideoFrames
 from valley_ray.media.preprocess import Crop, resize_and_crop_frame
 from valley_ray.media.sampling import FrameSampling
@@ -29,11 +31,12 @@ def probe(source: MediaSource, *, name: str | None = None, limits: DecodeLimits 
     from valley_ray.media import images, pyav_backend
 
     name, limits = source_name(source, name), limits or DecodeLimits()
-    if isinstance(source, Path) and source.is_dir():
-        return images.probe_folder(source, name=name, limits=limits)
-    if _starts_as_image(source, name=name):
-        return images.probe_image(source, name=name, limits=limits)
-    return pyav_backend.probe_video(source, name=name, limits=limits)
+    with _memory_named(name):
+        if isinstance(source, Path) and source.is_dir():
+            return images.probe_folder(source, name=name, limits=limits)
+        if _starts_as_image(source, name=name):
+            return images.probe_image(source, name=name, limits=limits)
+        return pyav_backend.probe_video(source, name=name, limits=limits)
 
 
 def frames(
@@ -58,25 +61,43 @@ def frames(
         SourceNotFoundError: there is no such file.
         EmptyMediaError, NotMediaError, NoVideoStreamError, TruncatedMediaError, CorruptMediaError, MediaLimitError:
             the file yields no frames; each message is one line with the file's name and the reason.
+        DecodeMemoryError: it asks for more memory than this process can have.
+        ConfigError: an unknown backend, or one that is not installed.
         SamplingError: the window holds no frame, or frames per second of media without a rate.
     """
-    name, limits = source_name(source, name), limits or DecodeLimits()
-    transform = partial(resize_and_crop_frame, crop=crop) if crop is not None else None
     from valley_ray.media import images
 
-    if isinstance(source, Path) and source.is_dir():
-        return images.decode_folder(source, sampling, name=name, limits=limits, transform=transform)
-    if _starts_as_image(source, name=name):
-        return images.decode_image(source, name=name, limits=limits, transform=transform)
+    name, limits = source_name(source, name), limits or DecodeLimits()
+    transform = partial(resize_and_crop_frame, crop=crop) if crop is not None else None
+    with _memory_named(name):
+        if isinstance(source, Path) and source.is_dir():
+            return images.decode_folder(source, sampling, name=name, limits=limits, transform=transform)
+        if _starts_as_image(source, name=name):
+            return images.decode_image(source, name=name, limits=limits, transform=transform)
+        decode_video = _video_decoder(backend)
+        return decode_video(source, sampling, name=name, limits=limits, transform=transform)
+
+
+def _video_decoder(backend: Backend) -> Callable[..., VideoFrames]:
+    # Imported when asked for: the parent of a sandbox loads no decoder.
+    if backend == "pyav":
+        from valley_ray.media import pyav_backend
+
+        return pyav_backend.decode_video
     if backend == "decord":
         from valley_ray.media import decord_backend
 
-        return decord_backend.decode_video(source, sampling, name=name, limits=limits, transform=transform)
-    if backend != "pyav":
-        raise ConfigError(f"unknown decoder {backend!r}; choose 'pyav' or 'decord'")
-    from valley_ray.media import pyav_backend
+        return decord_backend.decode_video
+    raise ConfigError(f"unknown decoder {backend!r}; choose 'pyav' or 'decord'")
 
-    return pyav_backend.decode_video(source, sampling, name=name, limits=limits, transform=transform)
+
+@contextmanager
+def _memory_named(name: str) -> Iterator[None]:
+    """A damaged header may ask for any amount of memory; say whose it was."""
+    try:
+        yield
+    except MemoryError as error:
+        raise DecodeMemoryError(f"{name}: decoding asks for more memory than it may have; re-encode it") from error
 
 
 def _starts_as_image(source: MediaSource, *, name: str) -> bool:

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
-from valley_ray.errors import CorruptMediaError, EmptyMediaError, MediaLimitError
+from valley_ray.errors import CorruptMediaError, MediaLimitError
 from valley_ray.media.container import (
     PacketTable,
     average_fps,
@@ -241,9 +241,9 @@ def _decode_sequentially(
         times: list[float | None] = [frame.time for frame in _all_frames(container, stream, name=name, limits=limits)]
         fps = average_fps(stream) or 25.0
         times_s = _fill_times(times, fps)
-        if not len(times_s):
-            raise EmptyMediaError(f"{name}: the video stream has no frames")
         check_complete(container, stream, times_s, name=name)
+        if not len(times_s):
+            raise CorruptMediaError(f"{name}: not one frame of its video stream decodes")
     indices = _choose(sampling, times_s, fps, name=name, limits=limits)
     wanted = set(indices.tolist())
     collect = _Collector(name=name, limits=limits, transform=transform)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from valley_ray.errors import DecodeCrashError, DecodeMemoryError, ValleyError
+from valley_ray.errors import DecodeCrashError, ValleyError
 from valley_ray.media import decode
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
@@ -56,8 +56,6 @@ def _serve(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], npt.NDA
         return _answer(header, body)
     except ValleyError as error:
         code, text = error.code, str(error)
-    except MemoryError:
-        code, text = DecodeMemoryError.code, f"{name}: decoding needs more memory than the sandbox allows"
     except Exception as error:  # a bug in a decoder's binding must cost this file only, and say what it was
         line = " ".join(str(error).split())
         code, text = DecodeCrashError.code, f"{name}: the decoder failed ({type(error).__name__}: {line})"
