@@ -1,5 +1,6 @@
 """A small store of random clips with tokenized conversations, written with the pipeline's own writers."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,13 @@ ANSWERS = ("A red circle moves left.", "A blue square moves right.", "One.", "Ye
 def make_store(
     directory: Path, model: Path, *, num_samples: int, window_size: int = 8, failed: tuple[int, ...] = (), seed: int = 0
 ) -> Path:
-    """Write `num_samples` rows (those in `failed` without tokens, every fifth one text-only) in windows; return the folder."""
+    """Write `num_samples` rows in windows (`failed` ones without tokens, every fifth text-only); return the folder."""
     directory.mkdir(parents=True)
     processor = ValleyProcessor.from_pretrained(model)
     num_windows = -(-num_samples // window_size)
-    info = {"fingerprint": "f", "parts": {}, "num_samples": num_samples, "window_size": window_size}
-    commit.write_json(directory / shards.STORE_FILE, {**info, "num_windows": num_windows})
+    parts = {"processor": processor.fingerprint}
+    info = shards.StoreInfo("f", parts, num_samples, window_size, num_windows)
+    commit.write_json(directory / shards.STORE_FILE, dataclasses.asdict(info))
     for index in range(num_windows):
         positions = range(index * window_size, min(num_samples, (index + 1) * window_size))
         write_window(directory, processor, index, positions, failed, is_last=index == num_windows - 1, seed=seed)

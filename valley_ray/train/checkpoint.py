@@ -19,7 +19,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from safetensors.torch import load_file, save_file
 
 from valley_ray.errors import ConfigError
-from valley_ray.model.valley import ValleyForConditionalGeneration
+from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.zero import ZeroEngine, load_parameters
 
@@ -53,7 +53,9 @@ class Restored:
     folder: Path
 
 
-def save(engine: ZeroEngine, progress: Progress, earlier: Mapping[str, torch.Tensor], *, rank: int, loss: float) -> None:
+def save(
+    engine: ZeroEngine, progress: Progress, earlier: Mapping[str, torch.Tensor], *, rank: int, loss: float
+) -> None:
     """Checkpoint the run; collective. Returns once the controller has committed it: what dies after this call
     resumes from here."""
     with tempfile.TemporaryDirectory(prefix="valley-checkpoint-") as name:
@@ -84,13 +86,13 @@ def restore(*, world: int, run_key: str) -> Iterator[Restored | None]:
         progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
         if progress.world != world:
             raise ConfigError(
-                f"the checkpoint at step {progress.step} was written by {progress.world} workers, this run has {world}; "
-                f"set num_workers={progress.world} or take a new run_name"
+                f"the checkpoint at step {progress.step} was written by {progress.world} workers, this run has "
+                f"{world}; set num_workers={progress.world} or take a new run_name"
             )
         if progress.run_key != run_key:
             raise ConfigError(
-                f"the checkpoint at step {progress.step} belongs to a run with other data, batch sizes, seed or stages; "
-                "take a new run_name"
+                f"the checkpoint at step {progress.step} belongs to a run with other data, batch sizes, seed or "
+                "stages; take a new run_name"
             )
         yield Restored(progress=progress, earlier=load_file(folder / EARLIER_FILE), folder=folder)
 

@@ -17,7 +17,8 @@ import ray.train.torch
 import torch
 import torch.distributed
 
-from valley_ray.model.valley import ValleyForConditionalGeneration
+from valley_ray.errors import ConfigError, TrainingError
+from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, restore, save
 from valley_ray.train.config import StageConfig, TrainConfig
@@ -42,15 +43,17 @@ class WorkerTask:
 def run_worker(task: WorkerTask) -> dict[str, Any]:
     """Train all stages on this rank; rank 0 writes the model folder.
 
-    Returns a summary (steps, seconds per stage, last loss), or ``{"error": reason}`` for an end that another attempt
-    would only repeat. Anything else is raised, and Ray Train starts another attempt.
+    Returns a summary (steps, seconds per stage, last loss), or ``{"error": ValleyError}`` for an end that
+    another attempt would only repeat. Anything else is raised, and Ray Train starts another attempt.
     """
     torch.set_num_threads(task.config.threads_per_worker)
     torch.manual_seed(task.config.seed)
     try:
         return _Worker(task).run()
     except RunEndedError as error:
-        return {"error": str(error)}
+        return {"error": TrainingError(str(error))}
+    except ConfigError as error:
+        return {"error": error}
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class _Worker:
             loss_reduction="sum",
             return_logits=False,
         )
-        loss = output.loss / max(1, batches.num_label_tokens)
+        loss: torch.Tensor = output.loss / max(1, batches.num_label_tokens)
         stage.engine.backward(loss * self._world)
         return loss.detach()
 
@@ -213,7 +216,7 @@ class _Worker:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": self._step, "sample_ids": ids}), encoding="utf-8")
         raise RunEndedError(
-            f"the loss is {self._loss} at step {batches.index + 1} of {stage.config.name}; the samples of that step are in "
+            f"the loss is {self._loss} at step {batches.index + 1} of {stage.config.name}; its samples are in "
             f"{path.parent}/nonfinite-rank*.json; lower learning_rate or remove them"
         )
 

@@ -102,12 +102,12 @@ def progress_line(metrics: StepMetrics) -> str:
     """One line for a terminal."""
     return (
         f"{metrics.stage} step {metrics.stage_step}/{metrics.stage_steps}  loss {metrics.loss:.4f}  "
-        f"lr {metrics.learning_rate:.2e}  {metrics.samples_per_s:.1f} samples/s  stall {100 * metrics.stall_share:.0f} %"
+        f"lr {metrics.learning_rate:.2e}  {metrics.samples_per_s:.1f} samples/s  stall {metrics.stall_share:.0%}"
     )
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The lines of a metrics file, [] if there is none; a last line that a killed worker left half-written is dropped."""
+    """The lines of a metrics file, [] if there is none; a half-written last one (killed worker) is dropped."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from valley_ray.errors import ConfigError
-from valley_ray.model.valley import ValleyCore
+from valley_ray.model import ValleyCore
 from valley_ray.train.config import Part, StageConfig
 
 
@@ -29,9 +29,11 @@ def prepare_stage(core: ValleyCore, stage: StageConfig) -> tuple[ParameterGroup,
     """
     embedding = core.language_model.get_input_embeddings().weight
     parts = {name: _part(name, parameter is embedding, stage) for name, parameter in core.named_parameters()}
-    for part in stage.trainable:
-        if part not in parts.values():
-            raise ConfigError(f"stage {stage.name} trains {part!r}, but this model has no such parameters; leave it out")
+    missing = sorted(set(stage.trainable) - set(parts.values()))
+    if missing:
+        raise ConfigError(
+            f"stage {stage.name} trains {', '.join(missing)}, which this model does not have; leave it out"
+        )
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in core.named_parameters():
         part = parts[name]

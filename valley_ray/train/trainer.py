@@ -8,21 +8,27 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import ray
 import ray.train
+from numpy.typing import NDArray
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from valley_ray.config import validate_config
-from valley_ray.data.shards import WindowStore
+from valley_ray.data.shards import WindowManifest, WindowStore
 from valley_ray.errors import ConfigError, TrainingError, ValleyError
+from valley_ray.processor import ValleyProcessor
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
+from valley_ray.train.plan import epoch_order
+
+if TYPE_CHECKING:
+    from valley_ray.data.pipeline import PipelineSummary
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ class TrainResult:
     """Of the last step."""
     seconds: dict[str, float]
     """Per stage, by its name, engine building included."""
+    data: "PipelineSummary | None"
+    """What the pipeline made beside the training; None in mode shards, or if the training needed no more of it."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -59,8 +67,13 @@ def train(config: TrainConfig) -> TrainResult:
     name = config.run_name or time.strftime("train-%Y%m%d-%H%M%S")
     storage = config.storage.absolute()
     run_dir = storage / name
-    assert config.data.windows_dir is not None
-    summary = _fit(config, storage, name, config.data.windows_dir)
+    pipeline = None
+    if config.data.mode == "overlap":
+        with _Pipeline(config) as pipeline:
+            summary = _fit(config, storage, name, pipeline.windows_dir)
+    else:
+        assert config.data.windows_dir is not None, "mode shards has a windows_dir"
+        summary = _fit(config, storage, name, config.data.windows_dir)
     return TrainResult(
         model_folder=config.output.absolute(),
         metrics_path=run_dir / METRICS_FILE,
@@ -68,13 +81,16 @@ def train(config: TrainConfig) -> TrainResult:
         num_steps=summary["num_steps"],
         loss=summary["loss"],
         seconds=summary["seconds"],
+        data=pipeline.summary if pipeline is not None else None,
     )
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise ConfigError, with the fix, for what cannot work on this machine's files and Ray's resources."""
     if not (config.model / MODEL_FILE).is_file():
-        raise ConfigError(f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there")
+        raise ConfigError(
+            f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there"
+        )
     if config.output.exists() and not (config.output / MODEL_FILE).is_file() and any(config.output.iterdir()):
         raise ConfigError(f"output={str(config.output)!r} holds something else than a model; name another folder")
     if config.output.absolute() == config.model.absolute():
@@ -84,14 +100,81 @@ def check_config(config: TrainConfig) -> None:
     _check_resources(config)
 
 
+class _Pipeline:
+    """The data pipeline on a thread, for the time of a `with` block; the block ends after it has ended.
+
+    Its own failure is raised instead of what the trainers made of it; when the training ends first, it stops at its
+    next window.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        from valley_ray.data.pipeline import PipelineConfig
+
+        values = {"model": config.model, **(config.data.pipeline or {})}
+        self._settings = validate_config(PipelineConfig, values, source="data.pipeline")
+        if self._settings.model.resolve() != config.model.resolve():
+            raise ConfigError(
+                f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out"
+            )
+        self._seed = config.seed
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="data-pipeline", daemon=True)
+        self.windows_dir = self._settings.windows_dir.absolute()
+        self.summary: PipelineSummary | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread.is_alive():
+            self._stop.set()
+            logger.info("the training has ended, the data pipeline stops at its next window")
+        self._thread.join()
+        if self._error is None or isinstance(self._error, _StoppedError):
+            return
+        if isinstance(self._error, ValleyError):
+            raise self._error
+        raise TrainingError(f"the data pipeline failed: {type(self._error).__name__}: {self._error}") from self._error
+
+    def _run(self) -> None:
+        from valley_ray.data.pipeline import run_pipeline
+
+        try:
+            self.summary = run_pipeline(self._settings, order=self._order, on_window=self._on_window)
+        except BaseException as error:
+            # Kept for the main thread, which raises it; run_pipeline has told the trainers through its store.
+            self._error = error
+
+    def _order(self, num_samples: int) -> NDArray[np.int64]:
+        return epoch_order(num_samples, self._seed, 0)
+
+    def _on_window(self, manifest: WindowManifest) -> None:
+        if self._stop.is_set() and not manifest.is_last:
+            raise _StoppedError(f"stopped after window {manifest.index}: the training had ended")
+
+
+class _StoppedError(Exception):
+    """Ends the pipeline's thread between two windows."""
+
+
 def _check_store(config: TrainConfig) -> None:
     assert config.data.windows_dir is not None, "mode shards has a windows_dir"
     store = WindowStore(config.data.windows_dir)
     manifests = store.committed()
     if not manifests or not manifests[-1].is_last:
         raise ConfigError(
-            f"data.windows_dir={str(config.data.windows_dir)!r} holds {len(manifests)} windows and no last one; run the data "
-            "pipeline to its end, or set data.mode=overlap"
+            f"data.windows_dir={str(config.data.windows_dir)!r} holds {len(manifests)} windows and no last one; run "
+            "the data pipeline to its end, or set data.mode=overlap"
+        )
+    info = store.info()
+    if info is not None and info.parts.get("processor") != ValleyProcessor.from_pretrained(config.model).fingerprint:
+        raise ConfigError(
+            f"the windows in {str(config.data.windows_dir)!r} were made with another processor than that of "
+            f"{str(config.model)!r}; run the data pipeline with this model"
         )
     num_ok = sum(manifest.num_ok for manifest in manifests)
     if num_ok < config.global_batch_size:
@@ -134,7 +217,7 @@ def _fit(config: TrainConfig, storage: Path, name: str, windows_dir: Path) -> di
         raise _reason(error) from error
     summary: dict[str, Any] = result.return_value
     if "error" in summary:
-        raise TrainingError(summary["error"])
+        raise summary["error"]
     return summary
 
 

@@ -88,6 +88,8 @@ def build_engine(
     """
     import deepspeed  # seconds of import that only a training process should pay
 
+    # On Linux CPUs DeepSpeed would compile this collective first: a minute, and a compiler that may not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
         [
             {
