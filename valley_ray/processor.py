@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from valley_ray.chat import encode
+from valley_ray.chat import encode, upstream
 from valley_ray.chat.conversation import Conversation
 from valley_ray.chat.encode import Encoded
 from valley_ray.chat.templates import SYSTEM_PROMPT_V1, PromptStyle
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_FILE = "processor_config.json"
+
+_ENCODINGS = {"valley": encode, "upstream-train": upstream}
+_STOP_STRINGS: dict[PromptStyle, tuple[str, ...]] = {"valley": (), "upstream-train": (upstream.ANSWER_END,)}
 
 ENCODING_VERSION = 1
 """Raised when the code gives other tokens or pixels for the same configuration."""
@@ -71,6 +74,10 @@ class ValleyProcessor:
                 "the tokenizer has no end token, by which answers end; set eos_token on the tokenizer"
             )
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
+        """Any of them ends an answer."""
+        self.stop_strings: tuple[str, ...] = _STOP_STRINGS[config.prompt_style]
+        """Text that ends an answer beside the tokens; `decode` cuts there. Empty for the style `valley`."""
+        self._encoding = _ENCODINGS[config.prompt_style]
 
     @property
     def sampling(self) -> FrameSampling:
@@ -150,8 +157,12 @@ class ValleyProcessor:
         return torch.from_numpy(normalize(frames_THWC, mean=self.image_mean, std=self.image_std))
 
     def encode_training(self, conversation: Conversation, num_frames: Sequence[int]) -> Encoded:
-        """Tokens and labels of a conversation whose media marks hold `num_frames` frames; see chat/encode.py."""
-        return encode.encode_training(
+        """Tokens and labels of a conversation whose media marks stand for `num_frames` frames each.
+
+        Raises:
+            ConversationError, PromptTooLongError: as `chat.encode.encode_training` says.
+        """
+        encoded: Encoded = self._encoding.encode_training(
             self.tokenizer,
             conversation,
             system_prompt=self.system_prompt,
@@ -159,10 +170,15 @@ class ValleyProcessor:
             num_frames=num_frames,
             max_length=self.max_length,
         )
+        return encoded
 
     def encode_prompt(self, conversation: Conversation, num_frames: Sequence[int]) -> tuple[int, ...]:
-        """Tokens up to the cue for the answer: the first tokens that `encode_training` gives; see chat/encode.py."""
-        return encode.encode_prompt(
+        """Tokens up to the cue for the answer: the first tokens that `encode_training` gives.
+
+        Raises:
+            ConversationError, PromptTooLongError: as `chat.encode.encode_prompt` says.
+        """
+        prompt: tuple[int, ...] = self._encoding.encode_prompt(
             self.tokenizer,
             conversation,
             system_prompt=self.system_prompt,
@@ -170,10 +186,14 @@ class ValleyProcessor:
             num_frames=num_frames,
             max_length=self.max_length,
         )
+        return prompt
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of an answer: special and added tokens dropped, stripped."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+        """Text of an answer: special and added tokens dropped, cut at the first stop string, stripped."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        for stop in self.stop_strings:
+            text = text.partition(stop)[0]
+        return text.strip()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -20,6 +20,9 @@ SYSTEM_PROMPT_VIDEO = (
 )
 """Upstream's conversation template `multimodal_video`."""
 
+SYSTEM_PROMPTS = {"v1": SYSTEM_PROMPT_V1, "multimodal_video": SYSTEM_PROMPT_VIDEO}
+"""By upstream's name of the template (its `conv_mode`)."""
+
 
 @dataclass(frozen=True)
 class PromptTemplate:

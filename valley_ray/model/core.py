@@ -93,8 +93,8 @@ class ValleyCore(PreTrainedModel):
         tokens = [
             self.pooling.tokens(part, num_frames=len(clip)) for part, clip in zip(projected[1:], features, strict=True)
         ]
-        embeddings = self.embed(input_ids.flatten(), tokens) + 0.0 * projected[0].sum()
-        return embeddings.reshape(*input_ids.shape, embeddings.shape[-1])
+        embeddings: torch.Tensor = self.embed(input_ids.flatten(), tokens) + 0.0 * projected[0].sum()
+        return embeddings.view(*input_ids.shape, -1)
 
     def forward(
         self,
