@@ -43,14 +43,16 @@ class LanguageCore(Protocol):
 @dataclass(eq=False)
 class _Request:
     request_id: str
-    prompt: Prompt
+    prompt_length: int
+    embeds_LD: torch.Tensor | None
+    """The prompt, until it is prefilled."""
     params: SamplingParams
     token_ids: list[int] = field(default_factory=list)
 
     @property
     def num_cached(self) -> int:
         """Columns of its row that are filled: the prompt and every new token but the last."""
-        return len(self.prompt.input_ids) + len(self.token_ids) - 1
+        return self.prompt_length + len(self.token_ids) - 1
 
 
 class SlotEngine:
@@ -89,8 +91,13 @@ class SlotEngine:
         """Requests that hold a slot."""
         return len(self._running)
 
+    @torch.inference_mode()
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
-        """Put a request in line; raises PromptTooLongError where prompt + max_tokens exceed `max_length`."""
+        """Embed a prompt and put it in line.
+
+        Raises PromptTooLongError where prompt + max_tokens exceed `max_length`, and what the core's `embed` raises
+        where visual tokens and placeholders differ.
+        """
         needed = len(prompt.input_ids) + params.max_tokens
         if needed > self.max_length:
             raise PromptTooLongError(
@@ -101,7 +108,10 @@ class SlotEngine:
         assert params.max_tokens > 0, "a request makes at least one token"
         request_id = request_id or uuid4().hex
         assert all(one.request_id != request_id for one in self._everyone()), f"{request_id=} is already in use"
-        self._waiting.append(_Request(request_id, prompt, params))
+        input_ids = torch.tensor(prompt.input_ids, dtype=torch.int64, device=self._device)
+        visual = [tokens.to(self._device, self._model.dtype) for tokens in prompt.visual_tokens]
+        embeds = self._core.embed(input_ids, visual)
+        self._waiting.append(_Request(request_id, len(prompt.input_ids), embeds, params))
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -115,7 +125,7 @@ class SlotEngine:
         events = self._decode() if self._running else []
         while (group := self._next_group()) is not None:
             events += self._admit(group)
-            if sum(len(one.prompt.input_ids) for one in group) >= self._max_prefill_tokens:
+            if sum(one.prompt_length for one in group) >= self._max_prefill_tokens:
                 break
         return events
 
@@ -127,7 +137,7 @@ class SlotEngine:
         group: list[_Request] = []
         free = self._num_slots - len(self._running)
         while self._waiting and len(group) < free:
-            lengths = [len(one.prompt.input_ids) for one in (*group, self._waiting[0])]
+            lengths = [one.prompt_length for one in (*group, self._waiting[0])]
             computed = max(lengths) * len(lengths)
             if group and (computed > self._max_prefill_tokens or computed - sum(lengths) > _PADDING_SHARE * computed):
                 break
@@ -135,12 +145,10 @@ class SlotEngine:
         return group or None
 
     def _admit(self, group: list[_Request]) -> list[TokenEvent]:
-        embeds = []
-        for one in group:
-            input_ids = torch.tensor(one.prompt.input_ids, dtype=torch.int64, device=self._device)
-            visual = [tokens.to(self._device, self._model.dtype) for tokens in one.prompt.visual_tokens]
-            embeds.append(self._core.embed(input_ids, visual))
+        embeds = [one.embeds_LD for one in group if one.embeds_LD is not None]
         logits = self._prefill(embeds)
+        for one in group:
+            one.embeds_LD = None
         self._running += group
         return self._emit(group, logits)
 

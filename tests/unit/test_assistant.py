@@ -1,0 +1,133 @@
+"""The assistant against Hugging Face `generate` on the tiny model, with real small videos."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from clips import write_clip
+from PIL import Image
+
+from valley_ray.assistant import Assistant, AskInput
+from valley_ray.engine.engine import SamplingParams
+from valley_ray.errors import MediaError, PromptTooLongError, SourceNotFoundError
+from valley_ray.media.sampling import FrameSampling
+
+QUESTION = "What is moving?"
+PARAMS = SamplingParams(max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny_valley: Path) -> Iterator[Assistant]:
+    with Assistant.from_pretrained(tiny_valley, num_slots=3) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    return [write_clip(folder / f"{seed}.mp4", seed=seed) for seed in range(3)]
+
+
+def generated(assistant: Assistant, ask: AskInput) -> list[int]:
+    """New tokens by `generate` from frames decoded here again, sampled and cropped by the processor's rules."""
+    from valley_ray.media.decode import frames
+    from valley_ray.media.preprocess import resize_and_crop
+
+    processor = assistant.processor
+    conversation, media = ask.conversation()
+    pixel_values = []
+    for part in media:
+        is_image = part.kind == "image"
+        sampling = FrameSampling(num_frames=1) if is_image else (ask.sampling or processor.sampling)
+        crop = processor.image_crop if is_image else processor.video_crop
+        pixel_values.append(
+            processor.pixel_values(resize_and_crop(frames(Path(part.url), sampling).frames_THWC, crop))
+        )
+    input_ids = torch.tensor([processor.encode_prompt(conversation, [len(one) for one in pixel_values])])
+    output = assistant.model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        pixel_values=pixel_values or None,
+        max_new_tokens=(ask.params or PARAMS).max_tokens,
+        do_sample=False,
+        eos_token_id=list(processor.stop_token_ids),
+    )
+    return output[0, input_ids.shape[1] :].tolist()
+
+
+def test_answers_equal_generate_alone_and_in_a_batch(assistant: Assistant, clips: list[Path], tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.linear_gradient("L").convert("RGB").save(image)
+    asks = [
+        *(AskInput(QUESTION, video=clip, params=PARAMS) for clip in clips),
+        AskInput("How many shapes do you see?", video=clips[0], params=SamplingParams(max_tokens=5)),
+        AskInput(QUESTION, video=clips[1], sampling=FrameSampling(num_frames=2), params=PARAMS),
+        AskInput("Describe the clip", image=image, params=PARAMS),
+        AskInput("Describe the clip", video=clips[2], image=image, params=PARAMS),
+        AskInput("yes no", params=PARAMS, system_prompt="Describe"),
+    ]
+    expected = [generated(assistant, ask) for ask in asks]
+    batch = assistant.answer_batch(asks)
+    assert [list(answer.token_ids) for answer in batch] == expected
+    assert len({answer.token_ids for answer in batch}) > 4, "the questions must not all have one answer"
+    assert [answer.text for answer in batch] == [assistant.processor.decode(ids) for ids in expected]
+    alone = assistant.ask(QUESTION, video=clips[0], params=PARAMS)
+    assert alone == batch[0]
+
+
+def test_stream_joins_to_the_answer(assistant: Assistant, clips: list[Path]) -> None:
+    answer = assistant.ask(QUESTION, video=clips[0], params=PARAMS)
+    deltas = list(assistant.stream(QUESTION, video=clips[0], params=PARAMS))
+    assert "".join(deltas) == answer.text
+    assert len(deltas) > 5
+
+
+def test_a_stream_left_early_leaves_no_request_behind(assistant: Assistant, clips: list[Path]) -> None:
+    stream = assistant.stream(QUESTION, video=clips[0], params=PARAMS)
+    next(stream)
+    stream.close()
+    assert assistant.ask(QUESTION, video=clips[0], params=PARAMS).text
+
+
+def test_several_questions_about_a_video_encode_it_once(tiny_valley: Path, clips: list[Path]) -> None:
+    with Assistant.from_pretrained(tiny_valley) as assistant:
+        calls: list[int] = []
+        encode = assistant.model.encode_frames
+        assistant.model.encode_frames = lambda pixels: (calls.append(len(pixels)), encode(pixels))[1]
+        asks = [AskInput(f"{QUESTION} {word}", video=clips[0], params=PARAMS) for word in ("one", "two", "three")]
+        assistant.answer_batch(asks)
+        assert calls == [4]
+        assistant.answer_batch([AskInput(QUESTION, video=clips[0], sampling=FrameSampling(num_frames=3))])
+        assert calls == [4, 3]
+
+
+def test_a_bad_file_costs_its_own_answer_only(assistant: Assistant, clips: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all")
+    good, bad, missing, again = assistant.answer_batch(
+        [AskInput(QUESTION, video=video, params=PARAMS) for video in (clips[0], broken, tmp_path / "none.mp4", clips[1])]
+    )
+    assert good.text
+    assert again.text
+    assert isinstance(bad.error, MediaError)
+    assert "broken.mp4" in str(bad.error)
+    assert isinstance(missing.error, SourceNotFoundError)
+    with pytest.raises(MediaError, match="broken.mp4"):
+        assistant.ask(QUESTION, video=broken)
+
+
+def test_max_tokens_that_cannot_fit_are_refused_but_the_default_is_fitted(assistant: Assistant) -> None:
+    question = "red circle " * 235
+    with pytest.raises(PromptTooLongError, match="max_tokens=100"):
+        assistant.ask(question, params=SamplingParams(max_tokens=100))
+    assert assistant.ask(question).finish_reason in ("stop", "length")
+
+
+def test_sampling_is_reproduced_by_its_seed(assistant: Assistant, clips: list[Path]) -> None:
+    def ask(seed: int) -> str:
+        return assistant.ask(
+            QUESTION, video=clips[0], params=SamplingParams(max_tokens=16, temperature=1.0, seed=seed)
+        ).text
+
+    assert ask(1) == ask(1) != ask(2)

@@ -1,0 +1,103 @@
+"""What the assistant and the server share: media become visual tokens, tokens become prompts and text deltas.
+
+Works on an opened model and processor. Knows neither where requests come from nor what schedules them.
+T frames, P patch tokens, S crop side, D hidden width of the language model.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from valley_ray.chat.conversation import Conversation, MediaKind
+from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
+from valley_ray.media.preprocess import Crop
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.model.valley import ValleyForConditionalGeneration
+from valley_ray.processor import ValleyProcessor
+
+_ONE_FRAME = FrameSampling(num_frames=1)
+_UNSETTLED = re.compile(r"\s*[!-~]*\ufffd*\s*$")
+"""End of a text that further tokens may still change: a word in progress, the space before it, half a character."""
+
+
+def load_model(
+    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> ValleyForConditionalGeneration:
+    """Open the weights of a model folder for inference; `dtype` None means float32 on a CPU, else the folder's own."""
+    if dtype is None and device == "cpu":
+        dtype = torch.float32
+    model = ValleyForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    model.to(device).eval()
+    return model
+
+
+def sampling_and_crop(
+    processor: ValleyProcessor, kind: MediaKind, sampling: FrameSampling
+) -> tuple[FrameSampling, Crop]:
+    """How one piece of media is read: an image is one frame with the image crop, whatever the sampling says."""
+    if kind == "image":
+        return _ONE_FRAME, processor.image_crop
+    return sampling, processor.video_crop
+
+
+@torch.inference_mode()
+def encode_visual_tokens(
+    model: ValleyForConditionalGeneration, processor: ValleyProcessor, clips: Sequence[npt.NDArray[np.uint8]]
+) -> list[torch.Tensor]:
+    """Cropped frames uint8 [T, S, S, 3] per clip → visual tokens [P + T, D] per clip; one pass of the tower for all."""
+    device = next(model.parameters()).device
+    features = model.encode_clips([processor.pixel_values(clip).to(device) for clip in clips])
+    return [model.core.visual_tokens(one) for one in features]
+
+
+def build_prompt(
+    processor: ValleyProcessor, conversation: Conversation, visual_tokens: Sequence[torch.Tensor]
+) -> Prompt:
+    """Tokenize around the media: one [P + T, D] tensor per mark of the conversation, in order.
+
+    Raises ConversationError or PromptTooLongError as `ValleyProcessor.encode_prompt`.
+    """
+    num_frames = [len(tokens) - processor.num_patches for tokens in visual_tokens]
+    return Prompt(tuple(processor.encode_prompt(conversation, num_frames)), tuple(visual_tokens))
+
+
+def complete_params(
+    processor: ValleyProcessor, params: SamplingParams, prompt: Prompt, *, fit_into: int | None
+) -> SamplingParams:
+    """Stop at the model's end tokens where `params` names none; lower `max_tokens` to what fits into `fit_into` tokens.
+
+    `fit_into` None is for callers who named a number of tokens: what does not fit is then refused by the engine.
+    """
+    stop = params.stop_token_ids or tuple(processor.stop_token_ids)
+    room = params.max_tokens if fit_into is None else max(1, fit_into - len(prompt.input_ids))
+    return replace(params, stop_token_ids=stop, max_tokens=min(params.max_tokens, room))
+
+
+class TextStream:
+    """Tokens become text deltas that are never contradicted: their concatenation is the text of the whole answer.
+
+    A word in progress and an incomplete UTF-8 character are held back until a later token settles them.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop_token_ids: Sequence[int]) -> None:
+        self._decode, self._stop_token_ids = decode, stop_token_ids
+        self._token_ids: list[int] = []
+        self._sent = ""
+
+    def push(self, event: TokenEvent) -> str:
+        """The text that became certain with this token; with the last token, all the rest."""
+        if event.token_id not in self._stop_token_ids:
+            self._token_ids.append(event.token_id)
+        text = self._decode(self._token_ids)
+        if event.finish_reason is None:
+            text = _UNSETTLED.sub("", text)
+        if not text.startswith(self._sent):
+            return ""  # a tokenizer that rewrites settled text: what was sent stands
+        delta = text[len(self._sent) :]
+        self._sent = text
+        return delta
