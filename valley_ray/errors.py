@@ -153,6 +153,13 @@ class OverloadedError(ValleyError):
     http_status = 429
 
 
+class UnavailableError(ValleyError):
+    """A part of the server is down or starting; try again after a pause."""
+
+    code = "unavailable"
+    http_status = 503
+
+
 class UnknownModelError(ValleyError):
     """A request names a model that this server does not serve."""
 

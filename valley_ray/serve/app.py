@@ -1,0 +1,137 @@
+"""The Serve application: ServeConfig → four deployments, and a way to run them from Python.
+
+``build`` is what a Serve YAML names. Models are opened by replicas, never here.
+"""
+
+import logging
+import socket
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from valley_ray.config import validate_config
+from valley_ray.errors import ConfigError, PortInUseError, ValleyError
+from valley_ray.model.checkpoint import check_folder
+from valley_ray.serve.api import Backend, build_api
+from valley_ray.serve.calls import unwrapped
+from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.decoder import LanguageDecoder
+from valley_ray.serve.encoder import VisionEncoder
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+from valley_ray.serve.sampler import FrameSampler
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "valley"
+
+
+class BuildError(ConfigError, RayServeException):
+    """A ServeConfig that cannot be served. Serve prints its exceptions as one line, others with a traceback."""
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP front as a deployment."""
+
+    def __init__(self, config: ServeConfig, decoder: DeploymentHandle) -> None:
+        self._config, self._decoder = config, decoder.options(stream=True)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._config, Backend(answer=self._answer, put=ray.put))
+
+    async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
+        with unwrapped():
+            deltas = self._decoder.answer.remote(request)
+            try:
+                async for delta in deltas:
+                    yield delta
+            finally:
+                deltas.cancel()
+
+
+def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
+    """Check the configuration and bind the deployments; raises BuildError with one line that says what to do."""
+    config = _check(args)
+
+    def deployment(kind: type[Any], size: str) -> serve.Deployment:
+        return serve.deployment(kind, **getattr(config, size).options(kind.__name__))
+
+    sampler = deployment(FrameSampler, "sampler").bind(config)
+    encoder = deployment(VisionEncoder, "encoder").bind(config, sampler)
+    decoder = deployment(LanguageDecoder, "decoder").bind(config, encoder)
+    return deployment(Ingress, "ingress").bind(config, decoder)
+
+
+def _check(args: ServeConfig | Mapping[str, Any]) -> ServeConfig:
+    """Paths are made absolute here, since replicas may start in another folder."""
+    try:
+        config = args if isinstance(args, ServeConfig) else validate_config(ServeConfig, args, source="args")
+        if not config.model.is_dir():
+            raise ConfigError(
+                f"no model at {config.model} (looked in {Path.cwd()}): run `make quickstart`, which makes models/nano, "
+                "or set `model` to the folder of another one"
+            )
+        check_folder(config.model)
+    except ValleyError as error:
+        raise BuildError(str(error)) from error
+    roots = tuple(root.absolute() for root in config.allow_roots)
+    return config.model_copy(
+        update={"model": config.model.absolute(), "model_name": config.served_name, "allow_roots": roots}
+    )
+
+
+@dataclass(frozen=True)
+class ServedApp:
+    """A running application."""
+
+    url: str
+    """For example http://127.0.0.1:8000."""
+    model_name: str
+    """What requests say as `model`."""
+
+
+@contextmanager
+def run(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[ServedApp]:
+    """Serve on the Ray that this process is connected to, until the block ends; `port` 0 picks a free one.
+
+    The app answers when the block starts. Meant for a local Ray of one's own: it brings up Serve and takes it down.
+
+    Raises PortInUseError, BuildError, or ConfigError where there is no Ray or Serve already runs on it.
+    """
+    if not ray.is_initialized():
+        raise ConfigError("no Ray in this process; call ray.init(address='local') first")
+    app = build(config)
+    port = _free_port(host, port)
+    if _serve_runs():
+        raise ConfigError("Serve already runs on this Ray; use `serve deploy` to change what it serves")
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+        yield ServedApp(f"http://{host}:{port}", config.served_name)
+    finally:
+        serve.shutdown()
+
+
+def _serve_runs() -> bool:
+    return bool(serve.status().proxies)
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As the proxy does, so that a port in TIME_WAIT counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortInUseError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port") from error
+        chosen: int = probe.getsockname()[1]
+    return chosen

@@ -1,0 +1,82 @@
+"""Calls between deployments: errors arrive as what they were, equal misses are computed once and kept.
+
+Knows Ray's error types and nothing about what is computed.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from valley_ray.errors import OverloadedError, UnavailableError, ValleyError
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise what a called deployment raised, without Ray's wrapping.
+
+    A full queue becomes an OverloadedError, a dead or missing replica an UnavailableError.
+    """
+    try:
+        yield
+    except (RayTaskError, BackPressureError, RayActorError, DeploymentUnavailableError) as error:
+        raise _what_was_raised(error) from None
+
+
+def _what_was_raised(error: BaseException) -> BaseException:
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    if isinstance(error, ValleyError):
+        return error
+    if isinstance(error, BackPressureError):
+        return OverloadedError(f"{error.num_queued_requests} requests are waiting, as many as may; try again shortly")
+    if isinstance(error, RayActorError | DeploymentUnavailableError):
+        return UnavailableError("a replica ended or is not up yet; try again shortly")
+    return error
+
+
+class PullCache(Generic[Value]):
+    """Least recently used values up to a number of bytes; callers of one missing key wait for one computation.
+
+    For one asyncio loop. A failure is handed to everybody who waited and is not kept.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[Value], int]) -> None:
+        self._max_bytes, self._size_of = max_bytes, size_of
+        self._values: OrderedDict[str, Value] = OrderedDict()
+        self._num_bytes = 0
+        self._pending: dict[str, asyncio.Task[Value]] = {}
+        self.num_hits = 0
+        self.num_misses = 0
+
+    async def get(self, key: str, compute: Callable[[], Awaitable[Value]]) -> Value:
+        """The value of `key`, computed where it is not kept."""
+        if key in self._values:
+            self.num_hits += 1
+            self._values.move_to_end(key)
+            return self._values[key]
+        task = self._pending.get(key)
+        if task is None:
+            self.num_misses += 1
+            task = asyncio.ensure_future(self._compute(key, compute))
+            self._pending[key] = task
+        # A caller who gives up must not take the computation from the others who wait for it.
+        return await asyncio.shield(task)
+
+    async def _compute(self, key: str, compute: Callable[[], Awaitable[Value]]) -> Value:
+        try:
+            value = await compute()
+        finally:
+            del self._pending[key]
+        self._values[key] = value
+        self._num_bytes += self._size_of(value)
+        while self._num_bytes > self._max_bytes:
+            _, dropped = self._values.popitem(last=False)
+            self._num_bytes -= self._size_of(dropped)
+        return value

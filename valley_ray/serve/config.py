@@ -1,0 +1,95 @@
+"""ServeConfig: what a user writes under `args` of a Serve YAML."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from valley_ray.config import Config
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import SandboxLimits
+
+
+class DeploymentConfig(Config):
+    """Size of one deployment. Fractions of CPUs are reservations, not limits."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """Replicas that run at once."""
+    num_cpus: float = Field(default=0.25, ge=0)
+    """CPUs reserved per replica."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs reserved per replica; above 0 the replica's model lives on the GPU."""
+    max_ongoing_requests: int = Field(default=32, ge=1)
+    """Requests that one replica works on at once."""
+    max_queued_requests: int = Field(default=64, ge=-1)
+    """Requests that wait per calling replica before more are refused with 429; -1: no limit."""
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Arguments of `serve.deployment`."""
+        return {
+            "name": name,
+            "num_replicas": self.num_replicas,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
+        }
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where a replica's model lives."""
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+
+class ServeConfig(Config):
+    """One served model: what it may read, how it answers, how each deployment is sized."""
+
+    model: Path = Path("models/nano")
+    """Model folder; a relative one is looked up where `serve run` was started."""
+    model_name: str | None = Field(default=None, min_length=1)
+    """The name that requests say; None: the last part of `model`."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the weights; None: float32 on a CPU, the folder's own on a GPU."""
+
+    allow_roots: tuple[Path, ...] = ()
+    """Folders whose files requests may name by path or file:// URI (on the machine of the replicas). Empty: none."""
+    max_media_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Largest media file, bytes; a request's body may be a third larger (base64) plus text."""
+    sandbox: SandboxLimits = SandboxLimits()
+    """Time and memory of decoding one file."""
+
+    sampling: FrameSampling | None = None
+    """Frames of a video where the request does not say; None: the model folder's own."""
+    max_frames: int = Field(default=64, ge=1)
+    """Most frames per video that a request may ask for with `num_frames`, or get with `fps`."""
+    default_max_tokens: int = Field(default=128, ge=1)
+    """New tokens where the request does not say (fewer where they would not fit)."""
+
+    num_slots: int = Field(default=16, ge=1)
+    """Requests that one decoder advances together."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Prompt and answer together, tokens; None: the model folder's own."""
+    encode_batch_size: int = Field(default=8, ge=1)
+    """Videos that go through the vision tower together."""
+    encode_wait_s: float = Field(default=0.005, ge=0)
+    """How long the encoder waits for a fuller batch, seconds."""
+    sampler_cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Frames kept by each sampler replica, bytes."""
+    encoder_cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Visual tokens kept by each encoder replica, bytes."""
+    decoder_cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Visual tokens kept by each decoder replica, bytes."""
+
+    ingress: DeploymentConfig = DeploymentConfig(max_ongoing_requests=128, max_queued_requests=128)
+    """The HTTP front."""
+    decoder: DeploymentConfig = DeploymentConfig()
+    """LanguageDecoder replicas."""
+    encoder: DeploymentConfig = DeploymentConfig()
+    """VisionEncoder replicas."""
+    sampler: DeploymentConfig = DeploymentConfig()
+    """FrameSampler replicas."""
+
+    @property
+    def served_name(self) -> str:
+        """The model name that requests say."""
+        return self.model_name or self.model.name

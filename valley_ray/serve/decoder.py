@@ -1,0 +1,89 @@
+"""LanguageDecoder: AnswerRequest → text deltas; the language model behind an engine. Pulls visual tokens on a miss."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import torch
+from ray.serve.handle import DeploymentHandle
+
+from valley_ray.answering import TextStream, build_prompt, complete_params, load_model
+from valley_ray.engine.slots import SlotEngine
+from valley_ray.processor import ValleyProcessor
+from valley_ray.serve.calls import PullCache, unwrapped
+from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.engine_thread import EngineThread
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, MediaRef
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageDecoder:
+    """Answers many requests at once; a video it has seen lately costs no encoder call."""
+
+    def __init__(self, config: ServeConfig, encoder: DeploymentHandle) -> None:
+        dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        model = load_model(config.model, device=config.decoder.device, dtype=dtype)
+        # The encoders hold the vision tower; here it would only take memory.
+        core = model.core
+        del model
+        self._processor = ValleyProcessor.from_pretrained(config.model)
+        self._default_sampling = config.sampling or self._processor.sampling
+        self._max_length = config.max_length or self._processor.max_length
+        engine = SlotEngine(core, num_slots=config.num_slots, max_length=self._max_length)
+        self._thread = EngineThread(engine)
+        self._encoder = encoder
+        self._cache: PullCache[torch.Tensor] = PullCache(config.decoder_cache_bytes, lambda tokens: tokens.nbytes)
+
+    async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
+        """Deltas of one answer; a caller that stops reading frees the slot.
+
+        Raises what looking at the media raises, ConversationError and PromptTooLongError; all before the first delta.
+        """
+        started = time.monotonic()
+        visual_tokens = await asyncio.gather(*(self._look_at(media, request) for media in request.media))
+        looked = time.monotonic()
+        prompt = build_prompt(self._processor, request.conversation, visual_tokens)
+        fit_into = self._max_length if request.fit_max_tokens else None
+        params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
+        stream = TextStream(self._processor.decode, params.stop_token_ids)
+        text, num_tokens = "", 0
+        async with aclosing(self._thread.generate(prompt, params)) as events:
+            async for event in events:
+                num_tokens += 1
+                text += stream.push(event)
+                if event.finish_reason is not None or (request.stream and text):
+                    yield AnswerDelta(text, len(prompt.input_ids), num_tokens, event.finish_reason)
+                    text = ""
+        logger.info(
+            "request %s: %d prompt tokens, %d new, media %.3f s, answer %.3f s",
+            request.request_id,
+            len(prompt.input_ids),
+            num_tokens,
+            looked - started,
+            time.monotonic() - looked,
+        )
+
+    async def _look_at(self, media: MediaRef, request: AnswerRequest) -> torch.Tensor:
+        sampling = request.sampling or self._default_sampling
+
+        async def pull() -> torch.Tensor:
+            with unwrapped():
+                tokens: torch.Tensor = await self._encoder.visual_tokens.remote(media, sampling)
+            return tokens
+
+        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", pull)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the replica started."""
+        return {"num_hits": self._cache.num_hits, "num_misses": self._cache.num_misses}
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine broke."""
+        if self._thread.broken is not None:
+            raise RuntimeError("the engine broke") from self._thread.broken
+
+    def __del__(self) -> None:
+        self._thread.close()

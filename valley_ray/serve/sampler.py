@@ -1,0 +1,62 @@
+"""FrameSampler: MediaRef → cropped frames, on CPUs, in a sandbox. Asked by encoders on a miss."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from valley_ray.answering import sampling_and_crop
+from valley_ray.errors import SamplingError
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import Sandbox
+from valley_ray.processor import ValleyProcessor
+from valley_ray.serve.calls import PullCache
+from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.protocol import MediaRef
+
+Frames = npt.NDArray[np.uint8]
+"""uint8 [T, S, S, 3]."""
+
+
+class FrameSampler:
+    """Decodes each clip once while it stays in the cache; a file that crashes or hangs costs itself only."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._max_frames = config.max_frames
+        self._processor = ValleyProcessor.from_pretrained(config.model)
+        self._sandbox = Sandbox(limits=config.sandbox)
+        self._cache: PullCache[Frames] = PullCache(config.sampler_cache_bytes, lambda frames: frames.nbytes)
+
+    async def frames(self, media: MediaRef, sampling: FrameSampling) -> Frames:
+        """Frames uint8 [T, S, S, 3] of one clip or image.
+
+        Raises MediaError subclasses as the sandbox does, SamplingError for more than `max_frames` frames.
+        """
+        sampling, crop = sampling_and_crop(self._processor, media.kind, sampling)
+
+        async def decode() -> Frames:
+            source = Path(media.path) if media.path is not None else await _bytes_of(media)
+            frames = await asyncio.to_thread(self._sandbox.frames, source, sampling, crop=crop, name=media.name)
+            return frames.frames_THWC
+
+        frames = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", decode)
+        if len(frames) > self._max_frames:
+            raise SamplingError(
+                f"{media.name}: {sampling.key} takes {len(frames)} frames, this server at most {self._max_frames}; "
+                "ask for fewer frames or a lower fps"
+            )
+        return frames
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the replica started."""
+        return {"num_hits": self._cache.num_hits, "num_misses": self._cache.num_misses}
+
+    def __del__(self) -> None:
+        self._sandbox.close()
+
+
+async def _bytes_of(media: MediaRef) -> bytes:
+    assert media.data is not None, "a MediaRef has a path or data"
+    data: bytes = await media.data
+    return data
