@@ -42,9 +42,9 @@ class PacketTable:
     """The video packets of a file in decode order. N packets, F shown frames."""
 
     pts: npt.NDArray[np.int64]
-    """int64 [N], stream time base."""
+    """int64 [N], stream time base; no two are equal."""
     dts: npt.NDArray[np.int64]
-    """int64 [N], stream time base."""
+    """int64 [N], stream time base; only good as a place to seek to."""
     is_key: npt.NDArray[np.bool_]
     """bool [N]."""
     shown: npt.NDArray[np.int64]
@@ -165,23 +165,24 @@ def media_info(container: Any, stream: Any, *, num_frames: int | None) -> MediaI
 def read_packets(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> PacketTable | None:
     """List the packets of `stream` to the end of the file; None where they do not tell which frames are shown when.
 
-    They do not for animated GIF (its decoder shows other frames than there are packets) and for packets without times
-    or with equal ones (AVI with B-frames): those are decoded one after the other.
+    They do not for animated GIF (its decoder shows other frames than there are packets), AVI with B-frames (its times
+    are libav's guess) and packets without times or with equal ones: those are decoded one after the other.
 
     Raises:
         CorruptMediaError: the container breaks off with an error.
         MediaLimitError: more packets than the limits allow.
     """
-    if container.format.name == "gif":
+    if container.format.name == "gif" or (container.format.name == "avi" and stream.codec_context.has_b_frames):
         return None
     pts, dts, is_key, is_shown = array("q"), array("q"), bytearray(), bytearray()
     hidden_bit = stream.codec_context.name in ("vp8", "libvpx")
     try:
         for packet in video_packets(container, stream):
-            if packet.pts is None or packet.dts is None:
+            if packet.pts is None:
                 return None
             pts.append(packet.pts)
-            dts.append(packet.dts)
+            # Matroska stores no decoding times; libav guesses them, from the second packets on.
+            dts.append(packet.dts if packet.dts is not None else packet.pts)
             is_key.append(packet.is_keyframe)
             # VP8 packs frames that are only referred to (alt-ref) as packets of their own; RFC 6386, 9.1: show_frame.
             is_shown.append(not packet.is_discard and not (hidden_bit and not memoryview(packet)[0] & 0x10))
@@ -204,7 +205,7 @@ def _table(pts: "array[int]", dts: "array[int]", is_key: bytearray, is_shown: by
     dts_N = np.frombuffer(dts, np.int64) if dts else np.empty(0, np.int64)
     positions = np.flatnonzero(np.frombuffer(is_shown, np.bool_)) if is_shown else np.empty(0, np.int64)
     shown = positions[np.argsort(pts_N[positions], kind="stable")]
-    if len(np.unique(pts_N[shown])) < len(shown):
+    if len(np.unique(pts_N)) < len(pts_N):
         return None
     return PacketTable(pts_N, dts_N, np.frombuffer(bytes(is_key), np.bool_), shown)
 

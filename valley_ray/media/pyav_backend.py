@@ -6,7 +6,7 @@ that no other frame refers to. Whatever does not go by plan is decoded from the 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, dropwhile, pairwise
 from typing import Any
 
 import av
@@ -201,9 +201,9 @@ def _decode_run(
 
 
 def _packets_from(container: Any, stream: Any, table: PacketTable, start: int) -> Iterator[tuple[int, Any]]:
-    """(decode position, packet) from `start` on. A seek may land early or late: only packets that match count."""
-    key = (int(table.pts[start]), int(table.dts[start]))
-    for seek_to in dict.fromkeys((key[0], key[1], int(table.dts[0]))):
+    """(decode position, packet) from `start` on. A seek may land early or late: where it did is looked up."""
+    earliest = min(int(table.pts.min()), int(table.dts.min()))
+    for seek_to in dict.fromkeys((int(table.pts[start]), int(table.dts[start]), earliest)):
         try:
             container.seek(seek_to, stream=stream, backward=True)
         except av.error.FFmpegError as error:
@@ -211,13 +211,11 @@ def _packets_from(container: Any, stream: Any, table: PacketTable, start: int) -
                 raise
             continue
         packets = video_packets(container, stream)
-        for packet in packets:
-            if (packet.pts, packet.dts) == key:
-                yield start, packet
-                yield from enumerate(packets, start + 1)
-                return
-            if packet.dts is None or packet.dts > key[1]:
-                break  # landed behind the key packet
+        first = next(packets, None)
+        landed = np.flatnonzero(table.pts == first.pts) if first is not None and first.pts is not None else []
+        if len(landed) and landed[0] <= start:
+            numbered = enumerate(chain((first,), packets), int(landed[0]))
+            return dropwhile(lambda item: item[0] < start, numbered)
     raise _OffPlan
 
 
