@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from valley_ray.chat import encode, upstream
-from valley_ray.chat.conversation import Conversation
+from valley_ray.chat.conversation import Conversation, MediaKind
 from valley_ray.chat.encode import Encoded
 from valley_ray.chat.templates import SYSTEM_PROMPT_V1, PromptStyle
 from valley_ray.chat.tokens import Tokenizer, added_token_ids
@@ -149,6 +149,12 @@ class ValleyProcessor:
         self.tokenizer.save_pretrained(folder)
         values = {"processor_class": type(self).__name__, **self.config.model_dump(mode="json")}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def media_plan(self, kind: MediaKind, sampling: FrameSampling | None = None) -> tuple[FrameSampling, Crop]:
+        """How one piece of media is read: a video as `sampling` (None: the processor's own) says, an image as one frame."""
+        if kind == "image":
+            return FrameSampling(num_frames=1), self.image_crop
+        return sampling or self.sampling, self.video_crop
 
     def pixel_values(self, frames_THWC: npt.NDArray[np.uint8]) -> "torch.Tensor":
         """Cropped frames uint8 [T, S, S, 3] → float32 [T, 3, S, S], normalised."""

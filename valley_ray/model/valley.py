@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from valley_ray.model.backbones import add_tokens, embedding_dtype, grow_embeddings
-from valley_ray.model.checkpoint import load_strictly
+from valley_ray.model.checkpoint import load_folder
 from valley_ray.model.config import ValleyConfig
 from valley_ray.model.core import Features, ValleyCore
 from valley_ray.model.vision import build_tower, extract_features, vision_half
@@ -94,13 +94,15 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Open a model folder; arguments as transformers' `from_pretrained` (dtype, device_map, attn_implementation).
+        """Open a model folder, ours or one of the original's released layout (mean pooling).
+
+        Arguments as transformers' `from_pretrained` (dtype, device_map, attn_implementation).
 
         Raises:
             CheckpointError: no such folder, a damaged file, or a missing, unexpected or odd-shaped weight.
         """
         load = partial(super().from_pretrained, **kwargs)
-        model: Self = load_strictly(load, Path(pretrained_model_name_or_path))
+        model: Self = load_folder(load, Path(pretrained_model_name_or_path))
         model.vision_tower.requires_grad_(False)
         return model
 

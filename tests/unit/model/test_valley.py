@@ -181,6 +181,23 @@ def test_generate_equals_step_by_step_argmax(
         embeddings = torch.cat([embeddings, model.get_input_embeddings()(token)[None, None]], dim=1)
 
 
+def test_generate_of_a_left_padded_batch_equals_rows_alone(
+    model: ValleyForConditionalGeneration, processor: ValleyProcessor
+) -> None:
+    questions = ((Message("user", "<video> one"), [4]), (Message("user", "How many shapes do you see?"), []))
+    prompts = [list(processor.encode_prompt(Conversation((message,)), frames)) for message, frames in questions]
+    features = model.encode_clips([torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(4))])
+    length = max(map(len, prompts))
+    input_ids = torch.tensor([[processor.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    mask = (input_ids != processor.pad_token_id).long()
+    batched = model.generate(input_ids=input_ids, attention_mask=mask, features=features, **options)[:, length:]
+    for row, clips in enumerate((features, [])):
+        prompt = torch.tensor([prompts[row]])
+        alone = model.generate(input_ids=prompt, features=clips, **options)[0, prompt.shape[1] :]
+        assert torch.equal(batched[row], alone)
+
+
 def test_generate_stops_at_the_end_token(model: ValleyForConditionalGeneration, processor: ValleyProcessor) -> None:
     assert model.generation_config.eos_token_id in processor.stop_token_ids
 
@@ -251,7 +268,7 @@ def test_missing_unexpected_and_misshaped_weights_are_named(tmp_path: Path) -> N
     name = "core.mm_projector.weight"
 
     save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: 1 weights missing: core\.mm_projector\.weight"):
+    with pytest.raises(CheckpointError, match=r"model: 1 weights missing: core\.mm_projector\.weight"):
         ValleyForConditionalGeneration.from_pretrained(folder)
 
     save_file(weights | {"core.extra": torch.zeros(1)}, folder / "model.safetensors")
