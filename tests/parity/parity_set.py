@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(os.environ.get("VALLEY_PARITY", Path(__file__).parents[2].parent / "shared" / "parity"))
 
 
+def require_set() -> None:
+    """Skip the test where there is no set."""
+    if not ROOT.is_dir():
+        pytest.skip(f"{ROOT} is absent; set VALLEY_PARITY to a parity set")
+
+
 def load_json(name: str) -> dict[str, Any]:
     """A JSON file of the set; skips the test where the set or the file is absent."""
     path = ROOT / name

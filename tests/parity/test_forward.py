@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from parity_set import ROOT, load_json
+from parity_set import ROOT, load_json, require_set
 
 from valley_ray.model import ValleyForConditionalGeneration
 
@@ -40,6 +40,7 @@ def open_mean_checkpoints(monkeypatch: pytest.MonkeyPatch) -> dict[str, ValleyFo
 
 def stored_pixels() -> dict[str, torch.Tensor]:
     """The set's inputs: [T, 3, S, S], stored float16."""
+    require_set()
     video, fps, image = (np.load(ROOT / name) for name in ("media_video.npz", "media_video_fps.npz", "media_image.npz"))
     pixels = {
         "video": torch.from_numpy(video["fixed8_pixel_values"]).float(),
