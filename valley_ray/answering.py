@@ -13,14 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from valley_ray.chat.conversation import Conversation, MediaKind
+from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
-from valley_ray.media.preprocess import Crop
-from valley_ray.media.sampling import FrameSampling
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 
-_ONE_FRAME = FrameSampling(num_frames=1)
 _UNSETTLED = re.compile(r"\s*[!-~]*\ufffd*\s*$")
 """End of a text that further tokens may still change: a word in progress, the space before it, half a character."""
 
@@ -34,15 +31,6 @@ def load_model(
     model = ValleyForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
     model.to(device).eval()
     return model
-
-
-def sampling_and_crop(
-    processor: ValleyProcessor, kind: MediaKind, sampling: FrameSampling
-) -> tuple[FrameSampling, Crop]:
-    """How one piece of media is read: an image is one frame with the image crop, whatever the sampling says."""
-    if kind == "image":
-        return _ONE_FRAME, processor.image_crop
-    return sampling, processor.video_crop
 
 
 @torch.inference_mode()

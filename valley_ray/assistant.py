@@ -18,7 +18,6 @@ from valley_ray.answering import (
     complete_params,
     encode_visual_tokens,
     load_model,
-    sampling_and_crop,
 )
 from valley_ray.chat.conversation import Conversation, MediaPart, from_openai
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams
@@ -205,15 +204,14 @@ class Assistant:
 
     def _prepare(self, ask: AskInput) -> tuple[Prompt, SamplingParams]:
         conversation, media = ask.conversation()
-        sampling = ask.sampling or self.processor.sampling
-        prompt = build_prompt(self.processor, conversation, [self._look_at(part, sampling) for part in media])
+        prompt = build_prompt(self.processor, conversation, [self._look_at(part, ask.sampling) for part in media])
         fit_into = self._engine.max_length if ask.params is None else None
         return prompt, complete_params(self.processor, ask.params or SamplingParams(), prompt, fit_into=fit_into)
 
-    def _look_at(self, part: MediaPart, sampling: FrameSampling) -> torch.Tensor:
+    def _look_at(self, part: MediaPart, sampling: FrameSampling | None) -> torch.Tensor:
         """[P + T, D] of one video or image, kept for the next question about it."""
         fetched = fetch(part.url, self._policy)
-        sampling, crop = sampling_and_crop(self.processor, part.kind, sampling)
+        sampling, crop = self.processor.media_plan(part.kind, sampling)
         key = (media_key(fetched), part.kind, sampling.key)
         if key not in self._visual_tokens:
             if self._sandbox is None:

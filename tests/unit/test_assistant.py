@@ -8,7 +8,7 @@ import torch
 from clips import write_clip
 from PIL import Image
 
-from valley_ray.assistant import Assistant, AskInput
+from valley_ray.assistant import AskInput, Assistant
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import MediaError, PromptTooLongError, SourceNotFoundError
 from valley_ray.media.sampling import FrameSampling
@@ -41,9 +41,7 @@ def generated(assistant: Assistant, ask: AskInput) -> list[int]:
         is_image = part.kind == "image"
         sampling = FrameSampling(num_frames=1) if is_image else (ask.sampling or processor.sampling)
         crop = processor.image_crop if is_image else processor.video_crop
-        pixel_values.append(
-            processor.pixel_values(resize_and_crop(frames(Path(part.url), sampling).frames_THWC, crop))
-        )
+        pixel_values.append(processor.pixel_values(resize_and_crop(frames(Path(part.url), sampling).frames_THWC, crop)))
     input_ids = torch.tensor([processor.encode_prompt(conversation, [len(one) for one in pixel_values])])
     output = assistant.model.generate(
         input_ids=input_ids,
@@ -105,15 +103,16 @@ def test_several_questions_about_a_video_encode_it_once(tiny_valley: Path, clips
 def test_a_bad_file_costs_its_own_answer_only(assistant: Assistant, clips: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video at all")
+    videos = (clips[0], broken, tmp_path / "none.mp4", clips[1])
     good, bad, missing, again = assistant.answer_batch(
-        [AskInput(QUESTION, video=video, params=PARAMS) for video in (clips[0], broken, tmp_path / "none.mp4", clips[1])]
+        [AskInput(QUESTION, video=video, params=PARAMS) for video in videos]
     )
     assert good.text
     assert again.text
     assert isinstance(bad.error, MediaError)
     assert "broken.mp4" in str(bad.error)
     assert isinstance(missing.error, SourceNotFoundError)
-    with pytest.raises(MediaError, match="broken.mp4"):
+    with pytest.raises(MediaError, match=r"broken\.mp4"):
         assistant.ask(QUESTION, video=broken)
 
 

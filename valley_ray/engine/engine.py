@@ -2,13 +2,15 @@
 
 `add` puts a prompt in line, `step` advances every running request by at most one token, `abort` frees a place.
 The interface knows tokens and embeddings only: text, stop strings and media belong to the rooms above and below.
+Importing this module loads no torch.
 Shapes: L prompt tokens, P patch tokens, T frames, D hidden width of the language model.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -19,7 +21,7 @@ class Prompt:
 
     input_ids: tuple[int, ...]
     """L token ids; each visual block stands there as its placeholder tokens."""
-    visual_tokens: tuple[torch.Tensor, ...] = ()
+    visual_tokens: "tuple[torch.Tensor, ...]" = ()
     """One [P + T, D] tensor per visual block: P pooled patch tokens, then one token per frame."""
 
 

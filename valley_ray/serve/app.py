@@ -5,28 +5,23 @@
 
 import logging
 import socket
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 from valley_ray.config import validate_config
 from valley_ray.errors import ConfigError, PortInUseError, ValleyError
-from valley_ray.model.checkpoint import check_folder
-from valley_ray.serve.api import Backend, build_api
-from valley_ray.serve.calls import unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
 from valley_ray.serve.encoder import VisionEncoder
-from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+from valley_ray.serve.ingress import Ingress
 from valley_ray.serve.sampler import FrameSampler
 
 logger = logging.getLogger(__name__)
@@ -36,26 +31,6 @@ APP_NAME = "valley"
 
 class BuildError(ConfigError, RayServeException):
     """A ServeConfig that cannot be served. Serve prints its exceptions as one line, others with a traceback."""
-
-
-@serve.ingress()
-class Ingress:
-    """The HTTP front as a deployment."""
-
-    def __init__(self, config: ServeConfig, decoder: DeploymentHandle) -> None:
-        self._config, self._decoder = config, decoder.options(stream=True)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._config, Backend(answer=self._answer, put=ray.put))
-
-    async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
-        with unwrapped():
-            deltas = self._decoder.answer.remote(request)
-            try:
-                async for delta in deltas:
-                    yield delta
-            finally:
-                deltas.cancel()
 
 
 def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
@@ -75,18 +50,27 @@ def _check(args: ServeConfig | Mapping[str, Any]) -> ServeConfig:
     """Paths are made absolute here, since replicas may start in another folder."""
     try:
         config = args if isinstance(args, ServeConfig) else validate_config(ServeConfig, args, source="args")
-        if not config.model.is_dir():
-            raise ConfigError(
-                f"no model at {config.model} (looked in {Path.cwd()}): run `make quickstart`, which makes models/nano, "
-                "or set `model` to the folder of another one"
-            )
-        check_folder(config.model)
+        _check_folder(config)
     except ValleyError as error:
-        raise BuildError(str(error)) from error
+        raise BuildError(str(error)) from None
     roots = tuple(root.absolute() for root in config.allow_roots)
     return config.model_copy(
         update={"model": config.model.absolute(), "model_name": config.served_name, "allow_roots": roots}
     )
+
+
+def _check_folder(config: ServeConfig) -> None:
+    """What can be seen without opening the model, so that it is said at once and not by a replica, minutes later."""
+    if not (config.model / "config.json").is_file():
+        raise ConfigError(
+            f"no model at {config.model} (seen from {Path.cwd()}): run `make quickstart`, which makes models/nano, "
+            "or set `model` to another folder"
+        )
+    if not config.allow_bin and not any(config.model.glob("*.safetensors")):
+        raise ConfigError(
+            f"{config.model} has no safetensors; pickled weights (.bin) are opened only with allow_bin: true, since a "
+            "crafted file may run code"
+        )
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def _what_was_raised(error: BaseException) -> BaseException:
     if isinstance(error, ValleyError):
         return error
     if isinstance(error, BackPressureError):
-        return OverloadedError(f"{error.num_queued_requests} requests are waiting, as many as may; try again shortly")
+        return OverloadedError(f"the server is full ({error.message}); try again in a second")
     if isinstance(error, RayActorError | DeploymentUnavailableError):
         return UnavailableError("a replica ended or is not up yet; try again shortly")
     return error

@@ -48,6 +48,8 @@ class ServeConfig(Config):
     """Model folder; a relative one is looked up where `serve run` was started."""
     model_name: str | None = Field(default=None, min_length=1)
     """The name that requests say; None: the last part of `model`."""
+    allow_bin: bool = False
+    """Open weights in pickled .bin files, as upstream released them; safetensors need no such trust."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the weights; None: float32 on a CPU, the folder's own on a GPU."""
 

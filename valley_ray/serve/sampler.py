@@ -1,4 +1,4 @@
-"""FrameSampler: MediaRef → cropped frames, on CPUs, in a sandbox. Asked by encoders on a miss."""
+"""FrameSampler: MediaRef → cropped frames, on CPUs, in a sandbox. Asked by encoders on a miss. Loads no torch."""
 
 import asyncio
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from valley_ray.answering import sampling_and_crop
 from valley_ray.errors import SamplingError
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox
@@ -33,7 +32,7 @@ class FrameSampler:
 
         Raises MediaError subclasses as the sandbox does, SamplingError for more than `max_frames` frames.
         """
-        sampling, crop = sampling_and_crop(self._processor, media.kind, sampling)
+        sampling, crop = self._processor.media_plan(media.kind, sampling)
 
         async def decode() -> Frames:
             source = Path(media.path) if media.path is not None else await _bytes_of(media)
