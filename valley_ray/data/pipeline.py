@@ -1,8 +1,7 @@
 """The data pipeline, top to bottom: record files → tables → decoded clips → committed windows.
 
-Ray Data carries paths to the workers and outcomes back; frames go from a worker's decoder straight to its shard on
-disk. One execution streams through all windows: a window is committed as soon as its last block has arrived, while the
-blocks of later windows are being decoded. Needs an initialised Ray, on a thread of any kind.
+One Ray Data execution (execution.py) streams through all windows: a window is committed as soon as its last block has
+arrived, while the blocks of later windows are being decoded. Needs an initialised Ray, on a thread of any kind.
 """
 
 import collections
@@ -10,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from pydantic import Field
 
 from valley_ray.config import Config
 from valley_ray.data.commit import clear_failure, commit_window, exclusive, mark_failed
+from valley_ray.data.execution import decode_blocks
 from valley_ray.data.schema import FAILED, OK
 from valley_ray.data.shards import StoreInfo, WindowManifest
 from valley_ray.data.sources import join, read_records
@@ -72,7 +72,7 @@ class PipelineConfig(Config):
     decode_cpus: float = Field(default=0.5, gt=0)
     """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
     max_decode_tasks: int | None = Field(default=None, ge=1)
-    """Decoding tasks at once; None: as many as fit."""
+    """Decoding tasks at once; None: as many as fit, on a cluster of one node at most one per CPU."""
     task_retries: int = Field(default=3, ge=0)
     """How often a block is begun again after its worker or node died, before the pipeline fails."""
     sandbox: SandboxLimits = SandboxLimits()
@@ -182,7 +182,14 @@ def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> Pip
         num_there,
         len(blocks),
     )
-    with contextlib.closing(_decode(blocks, plan)) as arriving:
+    arriving = decode_blocks(
+        blocks,
+        _decode_stage(plan),
+        num_cpus=config.decode_cpus,
+        max_tasks=config.max_decode_tasks,
+        retries=config.task_retries,
+    )
+    with contextlib.closing(arriving):
         for window in missing:
             _await_clips(window, plan, outcomes, arriving)
             manifest = _commit(window, plan, outcomes)
@@ -207,6 +214,18 @@ def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> Pip
     )
 
 
+def _decode_stage(plan: _Plan) -> DecodeStage:
+    return DecodeStage(
+        directory=plan.config.windows_dir.absolute(),
+        fingerprint=plan.info.fingerprint,
+        sampling=plan.sampling,
+        video_crop=plan.processor.video_crop,
+        image_crop=plan.processor.image_crop,
+        limits=plan.config.sandbox,
+        policy=plan.config.fetch,
+    )
+
+
 def _log_progress(manifest: WindowManifest, plan: _Plan, clips_per_s: float) -> None:
     logger.info(
         "window %d of %d committed: %d ok, %d failed %s; %.1f clips/s",
@@ -217,39 +236,6 @@ def _log_progress(manifest: WindowManifest, plan: _Plan, clips_per_s: float) -> 
         dict(manifest.by_error_class) or "",
         clips_per_s,
     )
-
-
-def _decode(blocks: list[pa.Table], plan: _Plan) -> Generator[list[Outcome], None, None]:
-    """Outcomes of the blocks, a list per block, about in order; nothing is started where there is nothing to do."""
-    if not blocks:
-        return
-    import ray.data
-
-    config = plan.config
-    stage = DecodeStage(
-        directory=config.windows_dir.absolute(),
-        fingerprint=plan.info.fingerprint,
-        sampling=plan.sampling,
-        video_crop=plan.processor.video_crop,
-        image_crop=plan.processor.image_crop,
-        limits=config.sandbox,
-        policy=config.fetch,
-    )
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with ray.data.DataContext.current(context):
-        decoded = ray.data.from_arrow(blocks).map_batches(
-            stage,
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=config.decode_cpus,
-            concurrency=config.max_decode_tasks,
-            max_retries=config.task_retries,
-        )
-    # Without prefetching, so that a window need not wait for the block after its last.
-    for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield batch.to_pylist()
 
 
 def _await_clips(

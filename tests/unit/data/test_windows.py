@@ -7,10 +7,13 @@ import pyarrow as pa
 import pytest
 
 from valley_ray.data import windows
-from valley_ray.data.schema import CLIPS_SCHEMA, SAMPLES_SCHEMA
-from valley_ray.data.shards import StoreInfo
+from valley_ray.data.commit import ShardWriter
+from valley_ray.data.schema import CLIPS_SCHEMA, OK, SAMPLES_SCHEMA
+from valley_ray.data.shards import StoreInfo, WindowStore
 from valley_ray.data.sources import clip_row
+from valley_ray.data.stages import OUTCOME_SCHEMA
 from valley_ray.errors import DataError
+from valley_ray.media.frames import VideoFrames
 
 
 def make_tables(clips_of_samples: list[list[str]]) -> tuple[pa.Table, pa.Table]:
@@ -70,3 +73,31 @@ def test_digest_of_the_records_follows_texts_and_files() -> None:
     etags = pa.array(["new", ""])
     changed = clips.set_column(clips.column_names.index("etag"), "etag", etags)
     assert windows.records_digest(changed, samples) != base
+
+
+def write_shard(directory: Path, name: str, fingerprint: str, clips: list[tuple[str, str]]) -> Path:
+    with ShardWriter(directory, name, fingerprint=fingerprint) as shard:
+        for clip_id, etag in clips:
+            outcome = {"status": OK, "error_class": "", "error": "", "attempts": 1, "content_digest": ""}
+            frames = VideoFrames(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1))
+            shard.append({"clip_id": clip_id, "etag": etag, **outcome}, frames)
+    return directory / name
+
+
+def test_whole_shards_of_an_interrupted_run_are_taken_over(tmp_path: Path) -> None:
+    clips, _ = make_tables([["a", "b", "c", "d"]])
+    a, b, c, d = clips["clip_id"].to_pylist()
+    kept = write_shard(tmp_path, "shard-00000-0000-x.arrow", "f", [(a, ""), (b, "")])
+    again = write_shard(tmp_path, "shard-00000-0000-y.arrow", "f", [(a, ""), (b, "")])
+    foreign = write_shard(tmp_path, "shard-00001-0000-x.arrow", "other", [(c, "")])
+    stale = write_shard(tmp_path, "shard-00002-0000-x.arrow", "f", [(d, "mtime-of-before")])
+    half = tmp_path / ".shard-00003-0000-x.arrow.0.tmp"
+    half.touch()
+    known = windows.known_outcomes(WindowStore(tmp_path), clips, "f")
+    assert {clip_id: (outcome["shard"], outcome["row"]) for clip_id, outcome in known.items()} == {
+        a: (kept.name, 0),
+        b: (kept.name, 1),
+    }
+    assert all(set(outcome) == set(OUTCOME_SCHEMA.names) for outcome in known.values())
+    assert kept.exists()
+    assert not any(path.exists() for path in (again, foreign, stale, half)), "files that hold nothing are removed"
