@@ -4,6 +4,7 @@ The standard library's client, because it lets the address that was checked be t
 second look-up could answer otherwise) and takes no proxy from the environment.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -40,7 +41,7 @@ def download(
         for _ in range(max_redirects + 1):
             parts = _check_url(url, hosts)
             connection = _connect(parts, allow_private_addresses=allow_private_addresses, timeout_s=timeout_s)
-            deadline.watch(connection)
+            deadline.watch(connection.sock)
             try:
                 response = _request(connection, parts)
                 if response.status not in _REDIRECTS:
@@ -63,7 +64,7 @@ class _Deadline:
 
     def __init__(self, timeout_s: float) -> None:
         self.expired = False
-        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._lock = threading.Lock()
         self._timer = threading.Timer(timeout_s, self._expire)
         self._timer.daemon = True
@@ -75,9 +76,9 @@ class _Deadline:
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
 
-    def watch(self, connection: http.client.HTTPConnection) -> None:
+    def watch(self, connected: socket.socket) -> None:
         with self._lock:
-            self._connection = connection
+            self._socket = connected
             if self.expired:
                 self._shut()
 
@@ -87,12 +88,10 @@ class _Deadline:
             self._shut()
 
     def _shut(self) -> None:
-        sock = self._connection.sock if self._connection is not None else None
-        if sock is not None:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return  # closed already
+        if self._socket is not None:
+            # The plain socket's shutdown: that of a TLS socket takes the session from under the reading thread.
+            with contextlib.suppress(OSError):  # closed already
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 def _check_url(url: str, hosts: set[str]) -> SplitResult:

@@ -3,6 +3,7 @@
 numpy and PIL only: the resampling filters of PIL are part of the recorded results, so no other library may stand in.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -22,6 +23,8 @@ class Crop(Config):
     """Length of the short side after resizing, pixels; at least `size`."""
     resample: Literal["bilinear", "bicubic"] = "bilinear"
     """PIL filter."""
+    corner: Literal["rounded", "floored"] = "rounded"
+    """How half a pixel is cut: rounded half to even (upstream's videos), or floored (CLIP's image processor)."""
 
     @model_validator(mode="after")
     def _check(self) -> "Crop":
@@ -32,7 +35,7 @@ class Crop(Config):
     @property
     def key(self) -> str:
         """Stable text that names this crop in cache keys."""
-        return f"{self.resample}{self.short_side}-{self.size}"
+        return f"{self.resample}{self.short_side}-{self.size}-{self.corner}"
 
 
 def resize_and_crop(frames_THWC: npt.NDArray[np.uint8], crop: Crop) -> npt.NDArray[np.uint8]:
@@ -46,7 +49,7 @@ def resize_and_crop(frames_THWC: npt.NDArray[np.uint8], crop: Crop) -> npt.NDArr
 def resize_and_crop_frame(frame_HWC: npt.NDArray[np.uint8], crop: Crop) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3] -> uint8 [S, S, 3]; the arithmetic of upstream's load_video (video_transform.py).
 
-    The long side is truncated, and the crop's corner rounded half to even, as there.
+    The long side is truncated, as there and in CLIP's image processor.
     """
     from PIL import Image
 
@@ -56,8 +59,8 @@ def resize_and_crop_frame(frame_HWC: npt.NDArray[np.uint8], crop: Crop) -> npt.N
     else:
         new_width, new_height = crop.short_side, max(crop.short_side, int(crop.short_side * height / width))
     resample = Image.Resampling.BILINEAR if crop.resample == "bilinear" else Image.Resampling.BICUBIC
-    left = round((new_width - crop.size) / 2.0)
-    top = round((new_height - crop.size) / 2.0)
+    cut = round if crop.corner == "rounded" else math.floor
+    left, top = cut((new_width - crop.size) / 2), cut((new_height - crop.size) / 2)
     resized = Image.fromarray(np.ascontiguousarray(frame_HWC)).resize((new_width, new_height), resample)
     return np.asarray(resized.crop((left, top, left + crop.size, top + crop.size)))
 

@@ -212,7 +212,7 @@ def _packets_from(container: Any, stream: Any, table: PacketTable, start: int) -
             continue
         packets = video_packets(container, stream)
         first = next(packets, None)
-        landed = np.flatnonzero(table.pts == first.pts) if first is not None and first.pts is not None else []
+        landed = np.flatnonzero(table.pts == (first.pts if first is not None else None))
         if len(landed) and landed[0] <= start:
             numbered = enumerate(chain((first,), packets), int(landed[0]))
             return dropwhile(lambda item: item[0] < start, numbered)
