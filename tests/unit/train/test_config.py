@@ -1,0 +1,56 @@
+"""Configurations that cannot work are refused with the reason and the fix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from valley_ray.config import validate_config
+from valley_ray.errors import ConfigError
+from valley_ray.train.config import StageConfig, TrainConfig
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "output": "o", "data": {"mode": "shards", "windows_dir": "w"}, **changes}
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    return {"name": "s", "trainable": ["projector"], "learning_rate": 1e-3, "max_steps": 3, **changes}
+
+
+def test_defaults_are_valleys_two_stages_on_zero_2() -> None:
+    config = validate_config(TrainConfig, values(), source="test")
+    assert [(s.name, s.trainable) for s in config.stages] == [
+        ("stage1", ("projector",)),
+        ("stage2", ("projector", "language_model")),
+    ]
+    assert config.zero_stage == 2
+    assert config.max_failures > 0
+    assert config.model == Path("m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"global_batch_size": 10, "micro_batch_size": 4}, "must be a multiple of micro_batch_size=4"),
+        ({"stages": [stage(epochs=1)]}, "exactly one of epochs and max_steps"),
+        ({"stages": [stage(), stage()]}, "stage names must differ"),
+        ({"stages": [stage(learning_rates={"language_model": 1.0})]}, "does not train: language_model"),
+        ({"stages": []}, "at least 1 item"),
+        ({"data": {"mode": "shards"}}, "windows_dir"),
+        ({"data": {"mode": "overlap"}}, "needs pipeline"),
+        ({"precision": "fp16"}, "needs use_gpu"),
+        ({"zero_stag": 2}, "did you mean 'zero_stage'"),
+        ({"zero_stage": 4}, "zero_stage=4"),
+    ],
+)
+def test_impossible_values_are_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate_config(TrainConfig, values(**changes), source="test")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_config_survives_json() -> None:
+    config = StageConfig(**stage(learning_rates={"projector": 2e-3}))
+    assert StageConfig.model_validate_json(config.model_dump_json()) == config

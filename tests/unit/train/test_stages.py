@@ -1,0 +1,76 @@
+"""What a stage trains, and how fast."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from valley_ray.errors import ConfigError
+from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.train.config import StageConfig
+from valley_ray.train.stages import learning_rate_scale, prepare_stage
+
+
+def make_stage(**changes: Any) -> StageConfig:
+    values = {"name": "s", "trainable": ("projector",), "learning_rate": 1e-3, "max_steps": 100}
+    return StageConfig(**{**values, **changes})
+
+
+def test_warm_up_grows_linearly_and_the_cosine_falls_to_zero() -> None:
+    stage = make_stage(warmup_ratio=0.1)
+    scales = [learning_rate_scale(step, 100, stage) for step in range(101)]
+    assert scales[0] == pytest.approx(1 / 11)
+    assert scales[9] == pytest.approx(10 / 11)
+    assert scales[10] == 1.0
+    assert scales[55] == pytest.approx(0.5)
+    assert scales[100] == pytest.approx(0.0)
+    assert all(a > b for a, b in zip(scales[10:], scales[11:], strict=False))
+
+
+def test_constant_schedule_stays_at_the_peak_and_no_warm_up_starts_there() -> None:
+    stage = make_stage(schedule="constant", warmup_ratio=0.0)
+    assert {learning_rate_scale(step, 10, stage) for step in range(10)} == {1.0}
+
+
+def test_the_first_stage_trains_the_projector_alone(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    (group,) = prepare_stage(core, make_stage(weight_decay=0.0))
+    assert set(group.names) == {"mm_projector.weight", "mm_projector.bias"}
+    assert {name for name, parameter in core.named_parameters() if parameter.requires_grad} == set(group.names)
+
+
+def test_the_second_stage_trains_everything_with_rates_per_part_and_no_decay_on_vectors(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    stage = make_stage(
+        trainable=("projector", "language_model"), learning_rates={"projector": 5e-3}, weight_decay=0.1
+    )
+    groups = prepare_stage(core, stage)
+    assert {name for group in groups for name in group.names} == {name for name, _ in core.named_parameters()}
+    rates = {name: group.learning_rate for group in groups for name in group.names}
+    assert rates["mm_projector.weight"] == 5e-3
+    assert rates["language_model.lm_head.weight"] == 1e-3
+    decays = {name: group.weight_decay for group in groups for name in group.names}
+    assert decays["mm_projector.bias"] == 0.0
+    assert decays["language_model.model.norm.weight"] == 0.0
+    assert decays["language_model.lm_head.weight"] == 0.1
+
+
+def test_new_embeddings_leave_the_other_rows_as_they_were(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    groups = prepare_stage(core, make_stage(trainable=("new_embeddings",), weight_decay=0.1))
+    before = core.get_input_embeddings().weight.detach().clone()
+    optimizer = torch.optim.AdamW(
+        [{"params": list(group.parameters), "weight_decay": group.weight_decay} for group in groups], lr=0.1
+    )
+    input_ids = torch.tensor([[1, 5, core.config.im_start_token_id, 7, 8]])
+    core(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=input_ids).loss.backward()
+    optimizer.step()
+    changed = (core.get_input_embeddings().weight != before).any(dim=1).nonzero().squeeze(-1).tolist()
+    assert changed == [core.config.im_start_token_id]
+
+
+def test_a_part_that_the_model_lacks_is_named(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    with pytest.raises(ConfigError, match="trains temporal, which this model does not have"):
+        prepare_stage(core, make_stage(trainable=("projector", "temporal")))
