@@ -162,15 +162,13 @@ def test_variable_frame_rate_is_whole(tmp_path):
     assert frames(path, FrameSampling(num_frames=2)).pts_seconds[-1] == pytest.approx(280 / 30, abs=2e-3)
 
 
-def test_header_is_held_against_the_limits(tmp_path):
+def test_limits_hold_before_anything_is_decoded(tmp_path):
     path = write_clip(tmp_path / "a.mp4", num_frames=30)
-    for limits in (
-        {"max_pixels": 3000},
-        {"max_duration_s": 0.5},
-        {"max_frames": 4},
-        {"max_packets": 10},
-        {"max_output_bytes": 99},
-    ):
+    for limits in ({"max_pixels": 3000}, {"max_duration_s": 0.5}, {"max_packets": 10}):
+        refused(path, MediaLimitError, limits=DecodeLimits(**limits))
+        with pytest.raises(MediaLimitError):
+            probe(path, limits=DecodeLimits(**limits))
+    for limits in ({"max_frames": 4}, {"max_output_bytes": 99}):
         refused(path, MediaLimitError, limits=DecodeLimits(**limits))
 
 

@@ -1,5 +1,6 @@
 """Frames of generated media: the planned decode equals a sequential one; images and folders."""
 
+import av
 import numpy as np
 import pytest
 from media_files import decode_all, write_clip
@@ -25,7 +26,7 @@ PLANNED = {
         "a.mp4",
         {"codec": "libx265", "options": {"x265-params": f"{QUIET}:keyint=15:temporal-layers=3:bframes=4"}},
     ),
-    "vp8 with hidden frames": (
+    "vp8": (
         "a.webm",
         {"codec": "libvpx", "gop": 20, "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "5"}},
     ),
@@ -60,6 +61,38 @@ def test_frames_equal_a_sequential_decode(tmp_path, case, monkeypatch):
 
 def _not_by_plan(*_args, **_options):
     pytest.fail("fell back to the sequential decode")
+
+
+def test_vp8_frames_that_are_never_shown_are_not_counted(tmp_path, monkeypatch):
+    path = hide_vp8_frames(write_clip(tmp_path / "a.webm", codec="libvpx", gop=20), tmp_path / "hidden.webm", every=7)
+    every_frame, _ = decode_all(path)
+    assert probe(path).num_frames == len(every_frame) < 60
+    monkeypatch.setattr(pyav_backend, "_decode_sequentially", _not_by_plan)
+    indices = np.linspace(0, len(every_frame) - 1, 20).astype(int)
+    np.testing.assert_array_equal(frames(path, FrameSampling(num_frames=20)).frames_THWC, every_frame[indices])
+
+
+def hide_vp8_frames(source, target, *, every):
+    """Clear show_frame in some inter frames, as an encoder does for frames that are only referred to."""
+    with av.open(str(source)) as shown, av.open(str(target), "w") as hidden:
+        stream = hidden.add_stream_from_template(shown.streams.video[0])
+        for number, packet in enumerate(packet for packet in shown.demux(video=0) if packet.size):
+            content = bytearray(bytes(packet))
+            if number % every == every - 1 and not packet.is_keyframe:
+                content[0] &= ~0x10
+            copy = av.Packet(bytes(content))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+            hidden.mux(copy)
+    return target
+
+
+def test_hevc_frames_are_skipped_only_in_streams_of_one_temporal_layer(tmp_path):
+    for file_name, parameters, may_skip in (("a.mp4", "", True), ("b.mp4", ":temporal-layers=3:bframes=4", False)):
+        options = {"x265-params": f"{QUIET}:keyint=15{parameters}"}
+        path = write_clip(tmp_path / file_name, codec="libx265", options=options, num_frames=10)
+        with av.open(str(path)) as container:
+            assert pyav_backend._skips_exactly(container.streams.video[0].codec_context) is may_skip
 
 
 def test_bytes_and_file_give_the_same_frames(tmp_path):
