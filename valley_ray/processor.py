@@ -47,7 +47,7 @@ class ProcessorConfig(Config):
     """Frames taken from a video."""
     video_crop: Crop = Crop()
     """Resizing of video frames; upstream: short side 256 bilinear, crop 224."""
-    image_crop: Crop = Crop(short_side=224, resample="bicubic")
+    image_crop: Crop = Crop(short_side=224, resample="bicubic", corner="floored")
     """Resizing of images; upstream: CLIP's processor."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Per colour, of pixels scaled to 0..1; CLIP's."""
