@@ -42,9 +42,7 @@ def test_the_first_stage_trains_the_projector_alone(tiny_valley: Path) -> None:
 
 def test_the_second_stage_trains_everything_with_rates_per_part_and_no_decay_on_vectors(tiny_valley: Path) -> None:
     core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
-    stage = make_stage(
-        trainable=("projector", "language_model"), learning_rates={"projector": 5e-3}, weight_decay=0.1
-    )
+    stage = make_stage(trainable=("projector", "language_model"), learning_rates={"projector": 5e-3}, weight_decay=0.1)
     groups = prepare_stage(core, stage)
     assert {name for group in groups for name in group.names} == {name for name, _ in core.named_parameters()}
     rates = {name: group.learning_rate for group in groups for name in group.names}
