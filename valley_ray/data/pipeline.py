@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -197,10 +197,22 @@ def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> Pip
             _log_progress(manifest, plan, (len(outcomes) - num_known) / (time.perf_counter() - start))
             if on_window is not None:
                 on_window(manifest)
+    return _summary(plan, manifests, outcomes, num_known=num_known, num_there=num_there, start=start)
+
+
+def _summary(
+    plan: _Plan,
+    manifests: list[WindowManifest],
+    outcomes: Mapping[str, Outcome],
+    *,
+    num_known: int,
+    num_there: int,
+    start: float,
+) -> PipelineSummary:
     by_error_class: collections.Counter[str] = collections.Counter()
     for manifest in manifests:
         by_error_class.update(manifest.by_error_class)
-    return PipelineSummary(
+    summary = PipelineSummary(
         rows_in=plan.samples.num_rows,
         ok=sum(manifest.num_ok for manifest in manifests),
         failed=sum(manifest.num_failed for manifest in manifests),
@@ -209,9 +221,12 @@ def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> Pip
         clips_failed=sum(outcome["status"] == FAILED for outcome in outcomes.values()),
         clips_decoded=len(outcomes) - num_known,
         num_windows=len(plan.windows),
-        windows_committed=len(missing),
+        windows_committed=len(plan.windows) - num_there,
         seconds=time.perf_counter() - start,
     )
+    assert summary.rows_in == summary.ok + summary.failed, f"rows lost: {summary}"
+    logger.info("data pipeline finished: %s", summary)
+    return summary
 
 
 def _decode_stage(plan: _Plan) -> DecodeStage:
