@@ -204,5 +204,5 @@ def test_a_failing_pipeline_is_the_reason_that_the_caller_sees(tiny_valley: Path
     records.write_text(json.dumps([{"id": "a", "video": "missing.mp4", "conversations": []}]))
     pipeline = {"records": [str(records)], "media_root": str(tmp_path), "windows_dir": str(tmp_path / "windows")}
     config = make_config(tiny_valley, tmp_path, runs, "no-data", data=DataConfig(mode="overlap", pipeline=pipeline))
-    with pytest.raises(TrainingError, match="no sample of .* is ok"):
+    with pytest.raises(TrainingError, match=r"no sample of .* is ok"):
         train(config)

@@ -87,11 +87,11 @@ def test_a_failed_pipeline_ends_the_run_with_its_reason_after_its_last_window(
     directory = make_store(tmp_path / "store", tiny_valley, num_samples=20)
     (directory / "window-00001.json").unlink()
     commit.mark_failed(directory, DataError("the disk is full"))
-    seen = 0
-    with make_feeder(directory, tiny_valley) as feeder, pytest.raises(RunEndedError, match="the disk is full"):
-        for _ in feeder:
-            seen += 1
-    assert seen == 1, "the first window holds one whole step"
+    with make_feeder(directory, tiny_valley) as feeder:
+        steps = iter(feeder)
+        assert next(steps).num_samples == 6, "the first window holds one whole step"
+        with pytest.raises(RunEndedError, match="the disk is full"):
+            next(steps)
 
 
 def test_a_store_without_ok_samples_is_said(tmp_path: Path, tiny_valley: Path) -> None:
