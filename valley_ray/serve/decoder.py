@@ -78,7 +78,12 @@ class LanguageDecoder:
 
     def stats(self) -> dict[str, int]:
         """Counts since the replica started."""
-        return {"num_hits": self._cache.num_hits, "num_misses": self._cache.num_misses}
+        return {
+            "num_hits": self._cache.num_hits,
+            "num_misses": self._cache.num_misses,
+            "num_unfinished": self._thread.num_unfinished,
+            "num_abandoned": self._thread.num_abandoned,
+        }
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine broke."""

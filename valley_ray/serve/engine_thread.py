@@ -40,8 +40,15 @@ class EngineThread:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[str, _Caller] = {}
         self.broken: BaseException | None = None
+        self.num_abandoned = 0
+        """Requests whose caller left before their end."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests waiting or running; a snapshot."""
+        return self._engine.num_unfinished
 
     async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[TokenEvent, None]:
         """Token events of one request; closing the iterator early frees the request's slot.
@@ -82,6 +89,8 @@ class EngineThread:
             return
         for event in events:
             self._callers[event.request_id].send(event)
+            if event.finish_reason is not None:
+                del self._callers[event.request_id]
 
     def _do_work(self, *, wait: bool) -> bool:
         """Run what callers asked for; False: stop."""
@@ -107,6 +116,6 @@ class EngineThread:
         self._callers[request_id] = caller
 
     def _abort(self, request_id: str) -> None:
-        self._callers.pop(request_id, None)
-        if self.broken is None:
+        if self._callers.pop(request_id, None) is not None and self.broken is None:
             self._engine.abort(request_id)
+            self.num_abandoned += 1

@@ -6,7 +6,6 @@ foresaw is a 500 without details, which stand in the log.
 
 import difflib
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -44,7 +43,9 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
         param = next((name for kind, name in _PARAMS if isinstance(error, kind)), None)
         return error.http_status, _body(str(error), error.http_status, error.code, param)
     if isinstance(error, RequestValidationError):
-        return 400, _body(_describe(error.errors()), 400, "invalid_request", _path(error.errors()[0]) or None)
+        first, *_ = problems = error.errors()
+        param = None if first["type"] == "json_invalid" else _path(first) or None
+        return 400, _body("; ".join(map(_describe, problems)), 400, "invalid_request", param)
     if isinstance(error, HTTPException):
         return error.status_code, _body(str(error.detail), error.status_code, f"http_{error.status_code}", None)
     return 500, _body("the server failed on this request; its log says why", 500, "internal_error", None)
@@ -104,11 +105,7 @@ def _path(problem: dict[str, Any]) -> str:
     return ".".join(str(part) for part in problem["loc"] if part != "body")
 
 
-def _describe(problems: Sequence[Any]) -> str:
-    return "; ".join(_describe_one(problem) for problem in problems)
-
-
-def _describe_one(problem: dict[str, Any]) -> str:
+def _describe(problem: dict[str, Any]) -> str:
     path = _path(problem)
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem['ctx']['error']}"
@@ -116,4 +113,8 @@ def _describe_one(problem: dict[str, Any]) -> str:
         known = list(ChatCompletionRequest.model_fields) if "." not in path else []
         nearest = difflib.get_close_matches(path, known, n=1)
         return f"unknown field {path!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if not path:
+        return "expected a JSON object with the header 'Content-Type: application/json'"
     return f"{path}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from valley_ray.errors import SamplingError
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox
 from valley_ray.processor import ValleyProcessor
@@ -22,15 +21,16 @@ class FrameSampler:
     """Decodes each clip once while it stays in the cache; a file that crashes or hangs costs itself only."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._max_frames = config.max_frames
         self._processor = ValleyProcessor.from_pretrained(config.model)
-        self._sandbox = Sandbox(limits=config.sandbox)
+        decode = config.sandbox.decode
+        decode = decode.model_copy(update={"max_frames": min(decode.max_frames, config.max_frames)})
+        self._sandbox = Sandbox(limits=config.sandbox.model_copy(update={"decode": decode}))
         self._cache: PullCache[Frames] = PullCache(config.sampler_cache_bytes, lambda frames: frames.nbytes)
 
     async def frames(self, media: MediaRef, sampling: FrameSampling) -> Frames:
         """Frames uint8 [T, S, S, 3] of one clip or image.
 
-        Raises MediaError subclasses as the sandbox does, SamplingError for more than `max_frames` frames.
+        Raises MediaError subclasses and SamplingError as the sandbox does.
         """
         sampling, crop = self._processor.media_plan(media.kind, sampling)
 
@@ -39,13 +39,7 @@ class FrameSampler:
             frames = await asyncio.to_thread(self._sandbox.frames, source, sampling, crop=crop, name=media.name)
             return frames.frames_THWC
 
-        frames = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", decode)
-        if len(frames) > self._max_frames:
-            raise SamplingError(
-                f"{media.name}: {sampling.key} takes {len(frames)} frames, this server at most {self._max_frames}; "
-                "ask for fewer frames or a lower fps"
-            )
-        return frames
+        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", decode)
 
     def stats(self) -> dict[str, int]:
         """Counts since the replica started."""

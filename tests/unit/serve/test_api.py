@@ -1,0 +1,197 @@
+"""The HTTP front without Ray: the backend is an assistant's engine in this process, or a plain generator."""
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from valley_ray.errors import NotMediaError, OverloadedError
+from valley_ray.serve.api import Backend, build_api
+from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+
+CONFIG = ServeConfig(model=Path("models/tiny"), max_media_bytes=1000)
+HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+CHAT = "/v1/chat/completions"
+
+
+class Recorder:
+    """Answers with the given deltas, keeps what it was asked, and notes how each answer ended."""
+
+    def __init__(self, *script: AnswerDelta | Exception) -> None:
+        self.script = script
+        self.requests: list[AnswerRequest] = []
+        self.num_closed = 0
+
+    async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
+        self.requests.append(request)
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                yield step
+        finally:
+            self.num_closed += 1
+
+
+def two_words() -> Recorder:
+    return Recorder(AnswerDelta("red", 5, 1), AnswerDelta(" circle", 5, 3, "stop"))
+
+
+def api(recorder: Recorder, put: Callable[[bytes], Any] = bytes, config: ServeConfig = CONFIG) -> FastAPI:
+    return build_api(config, Backend(answer=recorder.answer, put=put))
+
+
+async def send(app: FastAPI, method: str = "POST", path: str = CHAT, **arguments: Any) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.request(method, path, **arguments)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_whole_answer_has_openais_shape() -> None:
+    reply = (await send(api(two_words()), json=HELLO)).json()
+    assert reply["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "red circle"},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert reply["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert reply["object"] == "chat.completion"
+    assert reply["model"] == "tiny"
+
+
+async def test_fields_of_the_request_become_sampling_parameters() -> None:
+    recorder = two_words()
+    body = {**HELLO, "max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": -4, "fps": 2}
+    await send(api(recorder), json={**body, "stop": None, "n": 1, "user": "me", "presence_penalty": 0})
+    [request] = recorder.requests
+    params = request.params
+    assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (7, 0.5, 0.9, 3, -4)
+    assert not request.fit_max_tokens
+    assert request.sampling is not None
+    assert request.sampling.fps == 2
+
+
+async def test_without_fields_the_answer_is_greedy_and_its_length_is_fitted() -> None:
+    recorder = two_words()
+    await send(api(recorder), json=HELLO)
+    [request] = recorder.requests
+    assert request.params.temperature == 0
+    assert request.fit_max_tokens
+    assert request.sampling is None
+
+
+async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Path) -> None:
+    recorder, stored = two_words(), []
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"path")
+    content = [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAEC", "detail": "low"}},
+        {"type": "video_url", "video_url": {"url": video.as_uri()}},
+        {"type": "text", "text": "what?"},
+    ]
+    app = api(
+        recorder, lambda data: stored.append(data) or "ref", CONFIG.model_copy(update={"allow_roots": (tmp_path,)})
+    )
+    response = await send(app, json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    assert response.status_code == 200, response.text
+    image, clip = recorder.requests[0].media
+    assert stored == [b"\x00\x01\x02"]
+    assert (image.kind, image.data, image.path) == ("image", "ref", None)
+    assert (clip.kind, clip.data, clip.path) == ("video", None, str(video.resolve()))
+    assert recorder.requests[0].conversation.messages[0].content == "<image>\n<video>\nwhat?"
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "param"),
+    [
+        ({"temprature": 1}, "unknown field 'temprature'; did you mean 'temperature'?", "temprature"),
+        ({"n": 2}, "n: input should be 1", "n"),
+        ({"temperature": 3}, "temperature: input should be less than or equal to 2", "temperature"),
+        ({"tools": [{}]}, "tools: ", "tools"),
+        ({"messages": []}, "messages: ", "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role: ", "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.parts.0: ", None),
+        ({"messages": [{"role": "user", "content": "a <video>"}]}, "the text contains <video>", "messages"),
+        ({"num_frames": 4, "fps": 1}, "send num_frames or fps, not both", None),
+        ({"num_frames": 65}, "num_frames=65 is over this server's 64", "num_frames"),
+    ],
+)
+async def test_bad_fields_are_named(change: dict[str, Any], message: str, param: str | None) -> None:
+    recorder = two_words()
+    response = await send(api(recorder), json={**HELLO, **change})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"] == param
+    assert not recorder.requests
+
+
+async def test_broken_json_and_missing_content_type_are_said_plainly() -> None:
+    app = api(two_words())
+    broken = await send(app, content=b'{"model"', headers={"content-type": "application/json"})
+    assert broken.json()["error"]["message"].startswith("the body is not valid JSON")
+    plain = await send(app, content=json.dumps(HELLO), headers={"content-type": "text/plain"})
+    assert "Content-Type: application/json" in plain.json()["error"]["message"]
+    assert plain.status_code == broken.status_code == 400
+
+
+async def test_a_body_over_the_limit_is_a_413_declared_or_not() -> None:
+    app = api(two_words())
+    large = json.dumps({**HELLO, "metadata": {"x": "y" * (5 * 2**20)}}).encode()
+    headers = {"content-type": "application/json"}
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(large), 2**20):
+            yield large[start : start + 2**20]
+
+    for content in (large, chunks()):
+        response = await send(app, content=content, headers=headers)
+        assert response.status_code == 413, response.text
+        assert response.json()["error"]["code"] == "http_413"
+
+
+async def test_errors_of_the_backend_keep_their_status() -> None:
+    bad = await send(api(Recorder(NotMediaError("x.mp4: no video"))), json={**HELLO, "stream": True})
+    assert (bad.status_code, bad.json()["error"]["code"]) == (400, "media_not_recognised")
+    full = await send(api(Recorder(OverloadedError("full"))), json=HELLO)
+    assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+    assert full.json()["error"]["type"] == "rate_limit_error"
+    bug = await send(api(Recorder(KeyError("secret"))), json=HELLO)
+    assert bug.status_code == 500
+    assert "secret" not in bug.text
+    assert bug.json()["error"]["type"] == "server_error"
+
+
+async def test_a_failure_in_mid_stream_is_an_event_and_no_done() -> None:
+    recorder = Recorder(AnswerDelta("red", 5, 1), OverloadedError("gone"))
+    response = await send(api(recorder), json={**HELLO, "stream": True})
+    first, error = [json.loads(line[6:]) for line in response.text.strip().split("\n\n")]
+    assert first["choices"][0]["delta"]["content"] == "red"
+    assert error["error"]["code"] == "overloaded"
+    assert recorder.num_closed == 1
+
+
+async def test_unknown_models_and_paths_are_404() -> None:
+    app = api(two_words())
+    assert (await send(app, json={**HELLO, "model": "gpt"})).json()["error"]["code"] == "model_not_found"
+    assert (await send(app, "GET", "/v1/models/gpt")).status_code == 404
+    assert (await send(app, "GET", "/v1/nowhere")).json()["error"]["type"] == "invalid_request_error"
+    assert (await send(app, "GET", CHAT)).status_code == 405

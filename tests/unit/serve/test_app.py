@@ -1,0 +1,73 @@
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ServeDeploySchema
+
+from valley_ray.config import validate_config
+from valley_ray.errors import ConfigError, PortInUseError
+from valley_ray.serve.app import _check, _free_port, build, run
+from valley_ray.serve.config import ServeConfig
+
+CONFIGS = Path(__file__).parents[3] / "serve_configs"
+
+
+def test_a_missing_model_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no model at models/nano .*make quickstart") as caught:
+        build({"model": "models/nano"})
+    assert isinstance(caught.value, RayServeException), "Serve prints other errors with a traceback"
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_names_the_nearest(tiny_valley: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'decoder\.num_replica'; did you mean 'num_replicas'"):
+        build({"model": str(tiny_valley), "decoder": {"num_replica": 2}})
+
+
+def test_pickled_weights_need_consent(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match="allow_bin"):
+        build({"model": str(tmp_path)})
+    build({"model": str(tmp_path), "allow_bin": True})
+
+
+def test_paths_become_absolute_and_the_name_is_the_folders(tiny_valley: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_valley.parent)
+    config = _check({"model": tiny_valley.name, "allow_roots": ["runs"]})
+    assert config.model == tiny_valley
+    assert config.served_name == tiny_valley.name
+    assert config.allow_roots == (tiny_valley.parent / "runs",)
+
+
+def test_every_serve_config_is_valid() -> None:
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    assert paths
+    for path in paths:
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+        for app in schema.applications:
+            assert app.import_path == "valley_ray.serve.app:build"
+            validate_config(ServeConfig, app.args, source=path.name)
+        assert schema.http_options.host == "127.0.0.1"
+
+
+def test_files_by_path_are_off_by_default() -> None:
+    assert ServeConfig().allow_roots == ()
+
+
+def test_a_port_in_use_is_named_and_zero_picks_a_free_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUseError, match=f"127.0.0.1:{port} .*choose another port"):
+            _free_port("127.0.0.1", port)
+    assert _free_port("127.0.0.1", 0) > 0
+
+
+def test_run_asks_for_a_ray_first(tiny_valley: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ray\.init"), run(ServeConfig(model=tiny_valley)):
+        pass
