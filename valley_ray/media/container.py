@@ -197,7 +197,13 @@ def read_packets(container: Any, stream: Any, *, name: str, limits: DecodeLimits
 
 def video_packets(container: Any, stream: Any) -> Iterator[Any]:
     """Packets of `stream` from where the container stands, without the empty ones that PyAV appends."""
-    return (packet for packet in container.demux(stream) if packet.size)
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                yield packet
+    except IndexError:
+        # PyAV (18.1) trips, behind the last packet, over streams that came up while it read (transport streams).
+        return
 
 
 def _table(pts: "array[int]", dts: "array[int]", is_key: bytearray, is_shown: bytearray) -> PacketTable | None:

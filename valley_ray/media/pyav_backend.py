@@ -80,8 +80,10 @@ def decode_video(
             collect = _Collector(name=name, limits=limits, transform=transform)
             try:
                 _decode_planned(container, stream, table, indices, collect)
-            except (_OffPlan, av.error.InvalidDataError):
-                pass  # a false key frame, or a corrupt file: the sequential decode tells
+            except (_OffPlan, av.error.FFmpegError) as error:
+                # A false key frame, or a corrupt file: the sequential decode tells.
+                if isinstance(error, MemoryError):
+                    raise
             else:
                 return collect.result(indices, times_s)
     return _decode_sequentially(source, sampling, name=name, limits=limits, transform=transform)
@@ -236,9 +238,9 @@ def _decode_sequentially(
 ) -> VideoFrames:
     """Decode every frame to count them, then again up to the last sampled one; two passes keep memory flat."""
     with open_video(source, name=name, limits=limits) as (container, stream):
-        times: list[float | None] = [frame.time for frame in _all_frames(container, stream, name=name, limits=limits)]
+        pts: list[int | None] = [frame.pts for frame in _all_frames(container, stream, name=name, limits=limits)]
         fps = average_fps(stream) or 25.0
-        times_s = _fill_times(times, fps)
+        times_s = _times_s(pts, float(stream.time_base), fps)
         check_complete(container, stream, times_s, name=name)
         if not len(times_s):
             raise CorruptMediaError(f"{name}: not one frame of its video stream decodes")
@@ -257,21 +259,23 @@ def _decode_sequentially(
 def _all_frames(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> Iterator[Any]:
     number = 0
     try:
-        for number, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:
-                raise CorruptMediaError(f"{name}: frame {number} is damaged; copy or re-encode the file")
-            if number >= limits.max_packets:
-                raise MediaLimitError(f"{name}: more than {limits.max_packets=} frames; cut it")
-            yield frame
+        for packet in chain(video_packets(container, stream), (None,)):
+            for frame in stream.codec_context.decode(packet):
+                if frame.is_corrupt:
+                    raise CorruptMediaError(f"{name}: frame {number} is damaged; copy or re-encode the file")
+                number += 1
+                if number > limits.max_packets:
+                    raise MediaLimitError(f"{name}: more than {limits.max_packets=} frames; cut it")
+                yield frame
     except av.error.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
-        raise CorruptMediaError(f"{name}: frame {number + 1} does not decode ({reason(error)})") from error
+        raise CorruptMediaError(f"{name}: frame {number} does not decode ({reason(error)})") from error
 
 
-def _fill_times(times: list[float | None], fps: float) -> npt.NDArray[np.float64]:
+def _times_s(pts: list[int | None], time_base: float, fps: float) -> npt.NDArray[np.float64]:
     """Times as the frames carry them; where any has none or they run backwards, the average rate instead."""
-    known = [time for time in times if time is not None]
-    if len(known) == len(times) and all(early <= late for early, late in pairwise(known)):
-        return np.asarray(known, np.float64)
-    return np.arange(len(times), dtype=np.float64) / fps
+    known = [time for time in pts if time is not None]
+    if len(known) == len(pts) and all(early <= late for early, late in pairwise(known)):
+        return np.asarray(known, np.float64) * time_base
+    return np.arange(len(pts), dtype=np.float64) / fps

@@ -95,6 +95,14 @@ def test_hevc_frames_are_skipped_only_in_streams_of_one_temporal_layer(tmp_path)
             assert pyav_backend._skips_exactly(container.streams.video[0].codec_context) is may_skip
 
 
+def test_stream_that_comes_up_late_does_no_harm(tmp_path):
+    early = write_clip(tmp_path / "early.ts", gop=15)
+    late = write_clip(tmp_path / "late.ts", codec="mpeg2video", container_options={"mpegts_start_pid": "0x200"})
+    want = frames(early, FrameSampling())
+    (tmp_path / "a.ts").write_bytes(early.read_bytes() + late.read_bytes())
+    np.testing.assert_array_equal(frames(tmp_path / "a.ts", FrameSampling()).frames_THWC, want.frames_THWC)
+
+
 def test_bytes_and_file_give_the_same_frames(tmp_path):
     path = write_clip(tmp_path / "a.mp4")
     of_file, of_bytes = frames(path, FrameSampling()), frames(path.read_bytes(), FrameSampling())
