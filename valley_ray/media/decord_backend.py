@@ -39,8 +39,8 @@ def decode_video(
         indices, times_s = _choose(reader, sampling, name=name, limits=limits)
         frames_THWC: npt.NDArray[np.uint8] = reader.get_batch(indices.tolist()).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CorruptMediaError(f"{name}: decord cannot read it ({lines[0][:200]}); use the decoder 'pyav'") from error
+        # decord's own words are stack traces with the paths of its build machine: kept as the cause only.
+        raise CorruptMediaError(f"{name}: decord cannot read it; use the decoder 'pyav' or re-encode it") from error
     if transform is not None:
         frames_THWC = np.stack([transform(frame_HWC) for frame_HWC in frames_THWC])
     return VideoFrames(frames_THWC, times_s)

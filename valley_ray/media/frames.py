@@ -13,7 +13,7 @@ class VideoFrames:
     frames_THWC: npt.NDArray[np.uint8]
     """uint8 [T, H, W, 3], RGB."""
     pts_seconds: npt.NDArray[np.float64]
-    """float64 [T]; presentation time of each frame on the clock of its container (most start at 0); zeros for images."""
+    """float64 [T]; presentation time of each frame on its container's clock; zeros for images."""
 
     def __post_init__(self) -> None:
         shape = self.frames_THWC.shape
