@@ -74,6 +74,15 @@ def test_answers_equal_generate_alone_and_in_a_batch(assistant: Assistant, clips
     assert alone == batch[0]
 
 
+def test_an_image_is_one_frame_with_its_own_crop(assistant: Assistant) -> None:
+    processor = assistant.processor
+    wanted = FrameSampling(fps=2.0)
+    assert processor.media_plan("image", wanted) == (FrameSampling(num_frames=1), processor.image_crop)
+    assert processor.media_plan("video", wanted) == (wanted, processor.video_crop)
+    assert processor.media_plan("video") == (processor.sampling, processor.video_crop)
+    assert processor.image_crop != processor.video_crop
+
+
 def test_stream_joins_to_the_answer(assistant: Assistant, clips: list[Path]) -> None:
     answer = assistant.ask(QUESTION, video=clips[0], params=PARAMS)
     deltas = list(assistant.stream(QUESTION, video=clips[0], params=PARAMS))

@@ -48,6 +48,9 @@ def test_a_caller_that_leaves_frees_its_slot(engine: SlotEngine) -> None:
         async with asyncio.timeout(2):
             while thread.num_unfinished:
                 await asyncio.sleep(0.01)
+        assert thread.num_abandoned == 1
+        await tokens(thread, PROMPTS[1])
+        assert thread.num_abandoned == 1, "a request that ended was not abandoned"
 
     with_thread(engine, body)
 
