@@ -211,7 +211,7 @@ class Assistant:
     def _look_at(self, part: MediaPart, sampling: FrameSampling | None) -> torch.Tensor:
         """[P + T, D] of one video or image, kept for the next question about it."""
         fetched = fetch(part.url, self._policy)
-        sampling, crop = self.processor.media_plan(part.kind, sampling)
+        sampling, crop = self.processor.config.media_plan(part.kind, sampling)
         key = (media_key(fetched), part.kind, sampling.key)
         if key not in self._visual_tokens:
             if self._sandbox is None:

@@ -60,6 +60,25 @@ class ProcessorConfig(Config):
     max_length: int = Field(default=2048, ge=1)
     """Tokens that the language model takes."""
 
+    def media_plan(self, kind: MediaKind, sampling: FrameSampling | None = None) -> tuple[FrameSampling, Crop]:
+        """How one piece of media is read: a video as `sampling` (None: this one's own) says, an image as one frame."""
+        if kind == "image":
+            return FrameSampling(num_frames=1), self.image_crop
+        return sampling or self.sampling, self.video_crop
+
+
+def read_processor_config(folder: str | PathLike[str]) -> ProcessorConfig:
+    """Open processor_config.json of a model folder; raises CheckpointError naming the file that does not fit."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    values.pop("processor_class", None)
+    return validate_config(ProcessorConfig, values, source=str(path))
+
 
 class ValleyProcessor:
     """Turns frames and conversations into what the model reads, and token ids back into text."""
@@ -132,16 +151,8 @@ class ValleyProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str]) -> "ValleyProcessor":
         """Open the processor of a model folder; raises CheckpointError naming the file that does not fit."""
-        folder = Path(folder)
-        path = folder / CONFIG_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        values.pop("processor_class", None)
-        return cls(_open_tokenizer(folder), validate_config(ProcessorConfig, values, source=str(path)))
+        config = read_processor_config(folder)
+        return cls(_open_tokenizer(Path(folder)), config)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write processor_config.json and the tokenizer's files into `folder`."""
@@ -149,12 +160,6 @@ class ValleyProcessor:
         self.tokenizer.save_pretrained(folder)
         values = {"processor_class": type(self).__name__, **self.config.model_dump(mode="json")}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-
-    def media_plan(self, kind: MediaKind, sampling: FrameSampling | None = None) -> tuple[FrameSampling, Crop]:
-        """How one piece of media is read: a video as `sampling` (None: the processor's own) says, an image as one frame."""
-        if kind == "image":
-            return FrameSampling(num_frames=1), self.image_crop
-        return sampling or self.sampling, self.video_crop
 
     def pixel_values(self, frames_THWC: npt.NDArray[np.uint8]) -> "torch.Tensor":
         """Cropped frames uint8 [T, S, S, 3] → float32 [T, 3, S, S], normalised."""

@@ -75,7 +75,7 @@ def test_answers_equal_generate_alone_and_in_a_batch(assistant: Assistant, clips
 
 
 def test_an_image_is_one_frame_with_its_own_crop(assistant: Assistant) -> None:
-    processor = assistant.processor
+    processor = assistant.processor.config
     wanted = FrameSampling(fps=2.0)
     assert processor.media_plan("image", wanted) == (FrameSampling(num_frames=1), processor.image_crop)
     assert processor.media_plan("video", wanted) == (wanted, processor.video_crop)

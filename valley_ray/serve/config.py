@@ -32,6 +32,8 @@ class DeploymentConfig(Config):
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
+            # How often a leaving replica looks whether its requests are done; Serve's 2 s add up over the deployments.
+            "graceful_shutdown_wait_loop_s": 0.25,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
         }
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox
-from valley_ray.processor import ValleyProcessor
+from valley_ray.processor import read_processor_config
 from valley_ray.serve.calls import PullCache
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
@@ -21,7 +21,7 @@ class FrameSampler:
     """Decodes each clip once while it stays in the cache; a file that crashes or hangs costs itself only."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._processor = ValleyProcessor.from_pretrained(config.model)
+        self._processing = read_processor_config(config.model)
         decode = config.sandbox.decode
         decode = decode.model_copy(update={"max_frames": min(decode.max_frames, config.max_frames)})
         self._sandbox = Sandbox(limits=config.sandbox.model_copy(update={"decode": decode}))
@@ -32,7 +32,7 @@ class FrameSampler:
 
         Raises MediaError subclasses and SamplingError as the sandbox does.
         """
-        sampling, crop = self._processor.media_plan(media.kind, sampling)
+        sampling, crop = self._processing.media_plan(media.kind, sampling)
 
         async def decode() -> Frames:
             source = Path(media.path) if media.path is not None else await _bytes_of(media)
