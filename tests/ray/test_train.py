@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
+import numpy as np
 import psutil
 import pytest
 import ray
 import torch
-from train_store import make_store
+from train_store import ANSWERS, make_store
 
-from valley_ray.errors import ConfigError, TrainingError
+from valley_ray.errors import ConfigError, DataError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
@@ -141,7 +143,7 @@ def plain_stage(model: ValleyForConditionalGeneration, folder: Path, store: Path
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
-            values.append(float(loss))
+            values.append(float(loss.detach()))
     return values
 
 
@@ -199,10 +201,49 @@ def test_a_config_that_cannot_work_is_refused_before_any_worker_starts(
     assert not (runs / "refused").exists()
 
 
-def test_a_failing_pipeline_is_the_reason_that_the_caller_sees(tiny_valley: Path, runs: Path, tmp_path: Path) -> None:
-    records = tmp_path / "records.json"
-    records.write_text(json.dumps([{"id": "a", "video": "missing.mp4", "conversations": []}]))
-    pipeline = {"records": [str(records)], "media_root": str(tmp_path), "windows_dir": str(tmp_path / "windows")}
-    config = make_config(tiny_valley, tmp_path, runs, "no-data", data=DataConfig(mode="overlap", pipeline=pipeline))
-    with pytest.raises(TrainingError, match=r"no sample of .* is ok"):
+def test_training_beside_the_pipeline_sees_what_its_shards_hold(tiny_valley: Path, runs: Path, tmp_path: Path) -> None:
+    records = [make_record(tmp_path, number) for number in range(18)]
+    records[5]["video"] = "missing.mp4"
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    data = overlap(tmp_path, window_size=6)
+    result = train(make_config(tiny_valley, tmp_path, runs, "overlap", data=data, stages=STAGES[:1]))
+    assert result.data is not None
+    assert (result.data.ok, result.data.failed, result.data.num_windows) == (17, 1, 3)
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    plain = plain_stage(model, tiny_valley, tmp_path / "windows", 0)
+    assert losses(read_metrics(result.metrics_path)) == pytest.approx(plain, abs=TOLERANCE, rel=0)
+
+
+def test_records_that_cannot_be_read_are_said_before_any_worker_starts(
+    tiny_valley: Path, runs: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_valley, tmp_path, runs, "no-data", data=overlap(tmp_path, window_size=6))
+    with pytest.raises(DataError, match=r"records\.json"):
         train(config)
+    assert not (runs / "no-data").exists()
+
+
+def overlap(folder: Path, *, window_size: int) -> DataConfig:
+    """The pipeline over `folder`'s records.json and videos, into its folder windows."""
+    pipeline = {
+        "records": [str(folder / "records.json")],
+        "media_root": str(folder),
+        "windows_dir": str(folder / "windows"),
+        "window_size": window_size,
+    }
+    return DataConfig(mode="overlap", pipeline=pipeline)
+
+
+def make_record(folder: Path, number: int) -> dict[str, object]:
+    """A video of eight random frames with a question and its answer."""
+    rng = np.random.default_rng(number)
+    with av.open(str(folder / f"{number}.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(8):
+            pixels = np.repeat(np.repeat(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    turns = [{"from": "human", "value": "<video>\nWhat is moving?"}, {"from": "gpt", "value": ANSWERS[number % 4]}]
+    return {"id": f"record-{number}", "video": f"{number}.mp4", "conversations": turns}

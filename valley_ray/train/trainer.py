@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "config.json"
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ class _Pipeline:
         self.summary: PipelineSummary | None = None
 
     def __enter__(self) -> Self:
+        """Returns once the store is laid out, so that what cannot be read at all is said before any worker starts."""
         self._thread.start()
+        store = WindowStore(self.windows_dir)
+        while self._thread.is_alive() and store.info() is None:
+            self._thread.join(POLL_S)
+        self._raise()
         return self
 
     def __exit__(
@@ -134,6 +140,9 @@ class _Pipeline:
             self._stop.set()
             logger.info("the training has ended, the data pipeline stops at its next window")
         self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
         if self._error is None or isinstance(self._error, _StoppedError):
             return
         if isinstance(self._error, ValleyError):
