@@ -16,6 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+import transformers
 
 from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
@@ -46,6 +47,8 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
     Returns a summary (steps, seconds per stage, last loss), or ``{"error": ValleyError}`` for an end that
     another attempt would only repeat. Anything else is raised, and Ray Train starts another attempt.
     """
+    # A bar per loaded file and worker would bury the progress lines.
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(task.config.threads_per_worker)
     torch.manual_seed(task.config.seed)
     try:
