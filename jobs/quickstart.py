@@ -1,0 +1,23 @@
+"""`make quickstart`: generated videos → a trained nano Valley → answers over HTTP. Options as key=value."""
+
+import sys
+
+from valley_ray.config import load_config
+from valley_ray.errors import ValleyError
+
+
+def main() -> int:
+    from valley_ray.quickstart import QuickstartConfig, connect, run
+
+    try:
+        config = load_config(QuickstartConfig, overrides=sys.argv[1:])
+        connect()
+        run(config)
+    except ValleyError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The nano world on disk: what a nano training run reads. A folder becomes clips, record files and backbones.
+
+Layout: ``data/train/*.mp4``, ``data/heldout/*.mp4``, ``data/train.json``, ``data/heldout.json``, ``backbones/``.
+Knows no Ray: the caller may spread `write_clips` over a cluster.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from valley_ray.config import Config
+from valley_ray.nano.backbones import BackboneProgress, NanoConfig, make_backbones
+from valley_ray.nano.clips import (
+    Split,
+    clip_name,
+    question_records,
+    training_records,
+    write_records,
+    write_scene,
+)
+
+TRAIN_SEED, HELD_OUT_SEED = 10_000, 20_000
+
+
+class WorldConfig(Config):
+    """How many clips there are of each kind."""
+
+    num_train: int = 1400
+    """Clips with one moving shape."""
+    num_held_out: int = 256
+    """The same, held out."""
+    num_train_harder: int = 180
+    """Clips of each harder kind (two shapes, one that turns, several to count)."""
+    num_held_out_harder: int = 32
+    """The same, held out."""
+    shuffle_answers: bool = False
+    """Answers in train.json belong to random other clips: nothing can be learned. For the proof of the numbers."""
+
+    @property
+    def train(self) -> Split:
+        """The clips to learn from."""
+        harder = self.num_train_harder
+        return Split(
+            "train",
+            TRAIN_SEED,
+            (("single", self.num_train), ("pair", harder), ("sequence", harder), ("count", harder)),
+        )
+
+    @property
+    def held_out(self) -> Split:
+        """The clips to be asked about."""
+        harder = self.num_held_out_harder
+        return Split(
+            "heldout",
+            HELD_OUT_SEED,
+            (("single", self.num_held_out), ("pair", harder), ("sequence", harder), ("count", harder)),
+        )
+
+
+def write_record_files(data_root: Path, world: WorldConfig) -> None:
+    """Write train.json (conversations) and heldout.json (one question each) into `data_root`, and make the folders."""
+    for split in (world.train, world.held_out):
+        (data_root / split.name).mkdir(parents=True, exist_ok=True)
+    write_records(data_root / "train.json", training_records(world.train, shuffle_answers=world.shuffle_answers))
+    write_records(data_root / "heldout.json", question_records(world.held_out))
+
+
+def write_clips(data_root: Path, split: Split, stems: Iterable[str]) -> None:
+    """Encode the clips of `split` named by `stems`."""
+    scenes = dict(split.scenes())
+    for stem in stems:
+        write_scene(data_root / clip_name(split, stem), scenes[stem])
+
+
+def make_world(
+    root: Path,
+    world: WorldConfig,
+    nano: NanoConfig,
+    *,
+    on_progress: Callable[[BackboneProgress], None] | None = None,
+) -> None:
+    """Make in one process whatever is missing of clips, records and backbones under `root`."""
+    data_root = root / "data"
+    if not (data_root / "train.json").is_file():
+        (data_root / "train").mkdir(parents=True, exist_ok=True)
+        (data_root / "heldout").mkdir(parents=True, exist_ok=True)
+        for split in (world.train, world.held_out):
+            write_clips(data_root, split, [stem for stem, _ in split.scenes()])
+        write_record_files(data_root, world)
+    if not (root / "backbones" / "config.json").is_file():
+        make_backbones(root / "backbones", nano, on_progress=on_progress)
