@@ -15,7 +15,7 @@ from valley_ray.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of everything a user writes: frozen, closed (an unknown key is an error), field docstrings as descriptions."""
+    """Base of what a user writes: frozen, closed (an unknown key is an error), field docstrings as descriptions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
@@ -30,9 +30,8 @@ def load_config(model: type[ConfigT], path: str | Path | None = None, overrides:
         ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown (the nearest valid
             key is named) or a value is out of range.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
-    for override in overrides:
-        _apply_override(values, override)
+    values = read_yaml(Path(path)) if path is not None else {}
+    apply_overrides(values, overrides)
     return validate_config(model, values, source=str(path) if path is not None else "the command line")
 
 
@@ -45,11 +44,14 @@ def validate_config(model: type[ConfigT], values: Mapping[str, Any], *, source: 
         raise ConfigError(f"{source}: {problems}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file; raises ConfigError where it holds anything else."""
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read configuration {path}: {error.strerror}; give the path of a YAML file") from error
+        raise ConfigError(
+            f"cannot read configuration {path}: {error.strerror}; give the path of a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"configuration {path} is not valid YAML: {reason}") from error
@@ -58,6 +60,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"configuration {path} must be a mapping of keys to values, got {type(loaded).__name__}")
     return loaded
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set ``a.b=value`` overrides in `values`, in place; raises ConfigError for one that does not read so."""
+    for override in overrides:
+        _apply_override(values, override)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -17,7 +17,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
 from valley_ray.config import validate_config
-from valley_ray.errors import ConfigError, PortInUseError, ValleyError
+from valley_ray.errors import ConfigError, PortInUseError, UnavailableError, ValleyError
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
 from valley_ray.serve.encoder import VisionEncoder
@@ -89,27 +89,40 @@ def run(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> It
 
     The app answers when the block starts. Meant for a local Ray of one's own: it brings up Serve and takes it down.
 
-    Raises PortInUseError, BuildError, or ConfigError where there is no Ray or Serve already runs on it.
+    Raises PortInUseError, BuildError, ConfigError where there is no Ray or Serve already runs on it, or
+    UnavailableError with the reason where a deployment does not come up.
     """
     if not ray.is_initialized():
         raise ConfigError("no Ray in this process; call ray.init(address='local') first")
     app = build(config)
-    port = _free_port(host, port)
+    port = free_port(host, port)
     if _serve_runs():
         raise ConfigError("Serve already runs on this Ray; use `serve deploy` to change what it serves")
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
     try:
-        serve.run(app, name=APP_NAME, route_prefix="/")
+        _deploy(app)
         yield ServedApp(f"http://{host}:{port}", config.served_name)
     finally:
         serve.shutdown()
+
+
+def _deploy(app: serve.Application) -> None:
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        # Serve's error names deployments only; why they failed is the last line of the traceback in their status.
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        causes = {one.message.strip().splitlines()[-1] for one in deployments if one.message.strip()}
+        reason = "; ".join(sorted(cause.partition(": ")[2] or cause for cause in causes)) or str(error)
+        raise UnavailableError(f"the server did not come up: {reason}") from error
 
 
 def _serve_runs() -> bool:
     return bool(serve.status().proxies)
 
 
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int) -> int:
+    """`port` if it can be listened on, a free one for 0; raises PortInUseError."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # As the proxy does, so that a port in TIME_WAIT counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,11 +1,12 @@
-"""ServeConfig: what a user writes under `args` of a Serve YAML."""
+"""ServeConfig: what a user writes under `args` of a Serve YAML; and that YAML as far as `valley-ray serve` takes it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from valley_ray.config import Config
+from valley_ray.config import Config, apply_overrides, read_yaml, validate_config
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
 
@@ -97,3 +98,46 @@ class ServeConfig(Config):
     def served_name(self) -> str:
         """The model name that requests say."""
         return self.model_name or self.model.name
+
+
+class HttpOptions(Config):
+    """Where the HTTP front listens."""
+
+    host: str = "127.0.0.1"
+    """Address; 0.0.0.0 for every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port; 0 picks a free one."""
+
+
+class ApplicationEntry(Config):
+    """One application of a Serve YAML."""
+
+    name: str = "valley"
+    """Shown in Serve's status."""
+    route_prefix: Literal["/"] = "/"
+    """The API's paths stand in its clients."""
+    import_path: Literal["valley_ray.serve.app:build"]
+    """What makes the application."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Settings of ServeConfig."""
+
+
+class ServeFile(Config):
+    """A Serve YAML of one application; what only `serve run` and `serve deploy` understand is an unknown key here."""
+
+    proxy_location: Literal["HeadOnly"] = "HeadOnly"
+    """One HTTP front, on the head node."""
+    http_options: HttpOptions = HttpOptions()
+    """Where it listens."""
+    applications: tuple[ApplicationEntry]
+    """Exactly one."""
+
+
+def read_serve_file(path: Path | None, overrides: Sequence[str] = ()) -> tuple[ServeConfig, HttpOptions]:
+    """Read a Serve YAML (None: all defaults) and apply ``key=value`` overrides to its `args`; raises ConfigError."""
+    http, values = HttpOptions(), dict[str, Any]()
+    if path is not None:
+        file = validate_config(ServeFile, read_yaml(path), source=str(path))
+        http, values = file.http_options, file.applications[0].args
+    apply_overrides(values, overrides)
+    return validate_config(ServeConfig, values, source=str(path or "the command line")), http

@@ -8,7 +8,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from valley_ray.config import validate_config
 from valley_ray.errors import ConfigError, PortInUseError
-from valley_ray.serve.app import _check, _free_port, build, run
+from valley_ray.serve.app import _check, build, free_port, run
 from valley_ray.serve.config import ServeConfig
 
 CONFIGS = Path(__file__).parents[3] / "serve_configs"
@@ -64,8 +64,8 @@ def test_a_port_in_use_is_named_and_zero_picks_a_free_one() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PortInUseError, match=f"127.0.0.1:{port} .*choose another port"):
-            _free_port("127.0.0.1", port)
-    assert _free_port("127.0.0.1", 0) > 0
+            free_port("127.0.0.1", port)
+    assert free_port("127.0.0.1", 0) > 0
 
 
 def test_run_asks_for_a_ray_first(tiny_valley: Path) -> None:
