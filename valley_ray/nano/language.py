@@ -75,6 +75,8 @@ def new_language_model(config: LanguageConfig, tokenizer: PreTrainedTokenizerFas
             max_position_embeddings=MAX_LENGTH,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            # LLaMA's base of 10000 leaves most of a small head's frequencies flat over so short a sequence.
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
             # Wider than LLaMA's 0.02, which a model this narrow takes long to grow out of.
             initializer_range=0.05,
             tie_word_embeddings=False,

@@ -142,7 +142,8 @@ def _moving_actor(rng: np.random.Generator, color: str, *, legs: int, lane: str 
     for leg in range(legs):
         options = ("left", "right") if (axes[leg % 2] == 0 and lane is None) else ("up", "down")
         names.append(str(rng.choice(options)))
-    steps = [np.asarray(DIRECTIONS[name]) * rng.uniform(14, 26) for name in names]
+    # Long ways: a direction can then be read off the places alone, which a small model learns in a hundred steps.
+    steps = [np.asarray(DIRECTIONS[name]) * rng.uniform(0.6, 0.9) * (high - low) for name in names]
     offsets = np.vstack([np.zeros(2), np.cumsum(steps, axis=0)])
     start_low = np.array([x_low, low]) - offsets.min(axis=0)
     start_high = np.array([x_high, high]) - offsets.max(axis=0)
