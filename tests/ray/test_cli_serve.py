@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,3 +71,18 @@ def test_serve_answers_until_interrupted(tiny_valley: Path, tmp_path: Path) -> N
     assert [pid for pid in family if is_running(pid)] == []
     with Assistant.from_pretrained(tiny_valley) as assistant:
         assert assistant.ask("What is moving?", video=clip).text == answer
+
+
+@pytest.mark.slow
+def test_a_model_that_no_replica_can_open_is_one_line(tiny_valley: Path, tmp_path: Path) -> None:
+    """Slow because Serve starts a failing replica three times."""
+    broken = shutil.copytree(tiny_valley, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    command = [sys.executable, "-m", "valley_ray.cli", "serve", f"model={broken}", "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert shown.returncode == 2
+    [line] = [line for line in shown.stderr.splitlines() if line.startswith("valley-ray: error: ")]
+    assert f"the server did not come up: {broken}: a weight file is damaged" in line
+    assert "Traceback" not in shown.stdout + shown.stderr

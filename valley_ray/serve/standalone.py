@@ -66,4 +66,7 @@ def _check_reachable(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())
-    return ConfigError(f"RAY_ADDRESS={address!r} cannot be joined ({reason}); unset it to start a Ray of its own")
+    return ConfigError(
+        f"RAY_ADDRESS={address!r} cannot be joined ({reason}); export RAY_AUTH_MODE=token if it wants a token, or "
+        "unset RAY_ADDRESS to start a Ray of its own"
+    )
