@@ -5,9 +5,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
-from valley_ray.config import load_config
+from valley_ray.config import load_config, validate_config
 from valley_ray.serve.config import read_serve_file
 
 ROOT = Path(__file__).parents[2]
@@ -89,20 +88,15 @@ def test_every_serve_config_is_valid() -> None:
         assert http.host == "127.0.0.1", f"{path} is for a laptop: nobody else may reach it"
 
 
-def job_configs() -> dict[str, type[Any]]:
-    """The class that reads jobs/configs/NAME*.yaml, by NAME."""
+def test_every_job_config_is_valid() -> None:
     from valley_ray.data.pipeline import PipelineConfig
-    from valley_ray.quickstart import QuickstartConfig
     from valley_ray.train.config import TrainConfig
 
-    return {"finetune": TrainConfig, "train": TrainConfig, "data": PipelineConfig, "quickstart": QuickstartConfig}
-
-
-def test_every_job_config_is_valid() -> None:
-    for path in sorted((ROOT / "jobs" / "configs").glob("*.yaml")):
-        classes = [kind for name, kind in job_configs().items() if path.stem.startswith(name)]
-        assert len(classes) == 1, f"{path.name}: no class known for it; name it in job_configs()"
-        load_config(classes[0], path)
+    paths = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+    for path in paths:
+        config = load_config(TrainConfig, path)
+        if config.data.pipeline is not None:
+            validate_config(PipelineConfig, {"model": config.model, **config.data.pipeline}, source=path.name)
 
 
 def test_jobs_are_thin() -> None:
