@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import Field
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from valley_ray.nano.questions import HARDER_KINDS, SINGLE_KINDS
 from valley_ray.serve.app import ServedApp
 from valley_ray.serve.app import run as run_server
 from valley_ray.serve.config import ServeConfig
-from valley_ray.storage import output_path
+from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
 from valley_ray.train.trainer import TrainResult, train
 
@@ -56,7 +55,7 @@ def nano_stages() -> tuple[StageConfig, ...]:
             name="stage2",
             trainable=("projector", "language_model"),
             learning_rate=1.5e-3,
-            max_steps=260,
+            max_steps=230,
             warmup_ratio=0.1,
             weight_decay=0.01,
             betas=(0.9, 0.98),
@@ -92,7 +91,7 @@ def run(config: QuickstartConfig) -> Report:
     `num_held_out` clips, `served` {num, num_equal}, `seconds` per part.
     """
     start = time.perf_counter()
-    root, model = output_path(config.root), output_path(config.model)
+    root, model = storage_root() / config.root, storage_root() / config.model
     _clear(root)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
@@ -226,7 +225,7 @@ def _ask_over_http(
         return {"num": 0, "num_equal": 0}
     _say(f"serving {model} and asking about {len(chosen)} clips over HTTP")
     num_equal = 0
-    with run_server(ServeConfig(model=model, allow_roots=(root / "data",)), port=0) as app:
+    with run_server(ServeConfig(model=model, allow_roots=(root / "data",)), port=0, log_level="WARNING") as app:
         for number in tqdm(chosen.values(), "asked over HTTP", unit="q"):
             num_equal += _ask_server(app, root / "data", asked[number]) == answers[number].text
     return {"num": len(chosen), "num_equal": num_equal}
@@ -272,7 +271,9 @@ def print_report(
     served = report["served"]
     print(f"\n{served['num_equal']} of {served['num']} answers over HTTP equal the ones given in this process.")
     print(f"Seconds: {report['seconds']}")
-    print(f"\nModel folder  {_short(model)}\nReport        {_short(root / 'report.json')}\nLoss curve    {_short(curve)}")
+    print(
+        f"\nModel folder  {_short(model)}\nReport        {_short(root / 'report.json')}\nLoss curve    {_short(curve)}"
+    )
     clip = _short(root / "data" / "heldout" / "single-000000.mp4")
     print("\nNext:")
     print(f'  .venv/bin/valley-ray ask --model {_short(model)} --video {clip} "What is moving?"')
@@ -321,10 +322,3 @@ def _clear(root: Path) -> None:
     (root / "report.json").unlink(missing_ok=True)
     root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MPLCONFIGDIR", str(root / "matplotlib"))
-
-
-def connect() -> None:
-    """Connect to the Ray that RAY_ADDRESS names, else start one of our own; never join one by chance."""
-    if not ray.is_initialized():
-        address = os.environ.get("RAY_ADDRESS") or "local"
-        ray.init(address=address, log_to_driver=True, **({"include_dashboard": False} if address == "local" else {}))

@@ -30,14 +30,3 @@ def is_submitted_job() -> bool:
     except json.JSONDecodeError:
         return False
     return "job_submission_id" in (job.get("metadata") or {})
-
-
-def output_path(path: Path) -> Path:
-    """`path`, under the storage root where it is relative."""
-    return storage_root() / path.expanduser()
-
-
-def input_path(path: Path) -> Path:
-    """`path` as it stands if it exists, else under the storage root."""
-    path = path.expanduser()
-    return path.absolute() if path.exists() else storage_root() / path

@@ -65,7 +65,9 @@ def training_records(split: Split, *, shuffle_answers: bool = False) -> list[dic
     rng = np.random.default_rng([split.seed, 1])
     rows = [(stem, talk) for stem, scene in split.scenes() for talk in conversations_about(scene, rng)]
     if shuffle_answers:
-        rows = list(zip((stem for stem, _ in rows), _with_shuffled_answers([talk for _, talk in rows], rng), strict=True))
+        rows = list(
+            zip((stem for stem, _ in rows), _with_shuffled_answers([talk for _, talk in rows], rng), strict=True)
+        )
     return [_record(split, stem, talk) for stem, talk in rows]
 
 
@@ -93,7 +95,9 @@ def _with_shuffled_answers(talks: Sequence[Sequence[Question]], rng: np.random.G
     for question in (question for talk in talks for question in talk):
         answers.setdefault(question.kind, []).append(question.answer)
     shuffled = {kind: [str(answer) for answer in rng.permutation(given)] for kind, given in answers.items()}
-    return [[dataclasses.replace(question, answer=shuffled[question.kind].pop()) for question in talk] for talk in talks]
+    return [
+        [dataclasses.replace(question, answer=shuffled[question.kind].pop()) for question in talk] for talk in talks
+    ]
 
 
 def write_records(path: Path, rows: Sequence[dict[str, Any]]) -> None:

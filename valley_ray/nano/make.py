@@ -71,20 +71,23 @@ def write_clips(data_root: Path, split: Split, stems: Iterable[str]) -> None:
         write_scene(data_root / clip_name(split, stem), scenes[stem])
 
 
-def make_world(
-    root: Path,
-    world: WorldConfig,
-    nano: NanoConfig,
-    *,
-    on_progress: Callable[[BackboneProgress], None] | None = None,
-) -> None:
-    """Make in one process whatever is missing of clips, records and backbones under `root`."""
+def make_world(root: Path, world: WorldConfig, nano: NanoConfig, *, say: Callable[[str], None]) -> None:
+    """Make in one process whatever is missing of clips, records and backbones under `root`; `say` gets a line each."""
     data_root = root / "data"
     if not (data_root / "train.json").is_file():
-        (data_root / "train").mkdir(parents=True, exist_ok=True)
-        (data_root / "heldout").mkdir(parents=True, exist_ok=True)
+        say(f"making clips in {data_root}")
         for split in (world.train, world.held_out):
+            (data_root / split.name).mkdir(parents=True, exist_ok=True)
             write_clips(data_root, split, [stem for stem, _ in split.scenes()])
         write_record_files(data_root, world)
     if not (root / "backbones" / "config.json").is_file():
-        make_backbones(root / "backbones", nano, on_progress=on_progress)
+        say(f"training the backbones in {root / 'backbones'} (about a minute)")
+        make_backbones(root / "backbones", nano, on_progress=_line_every(200, say))
+
+
+def _line_every(num_steps: int, say: Callable[[str], None]) -> Callable[[BackboneProgress], None]:
+    def on_progress(progress: BackboneProgress) -> None:
+        if progress.step % num_steps == 0 or progress.step == progress.num_steps:
+            say(f"{progress.name} step {progress.step}/{progress.num_steps}  loss {progress.loss:.3f}")
+
+    return on_progress

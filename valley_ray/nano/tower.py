@@ -26,9 +26,7 @@ IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.25, 0.25, 0.25)
 
 _VIEW_WEIGHTS = {"full": 0.5, "shape": 1.5, "place": 1.0, "color": 0.5}
-_WORDS = sorted(
-    {*COLORS, *SHAPES, "and", "one", "two", "three", "four"} | set(" ".join((*ROWS, *COLUMNS)).split())
-)
+_WORDS = sorted({*COLORS, *SHAPES, "and", "one", "two", "three", "four"} | set(" ".join((*ROWS, *COLUMNS)).split()))
 _START, _END = 1, 2 + len(_WORDS)
 """CLIP's text model reads a caption's embedding where the end token stands; it must not have the id 2, which
 transformers treats as an old checkpoint's and then looks for the largest id instead."""
@@ -41,10 +39,10 @@ class TowerConfig(Config):
     num_layers: int = 3
     num_heads: int = 4
     patch_size: int = 8
-    num_scenes: int = 15_000
+    num_scenes: int = 18_000
     """Scenes rendered for training, `frames_per_scene` frames each."""
     frames_per_scene: int = 2
-    num_steps: int = 1000
+    num_steps: int = 1200
     batch_size: int = 64
     learning_rate: float = 4e-3
     seed: int = 0

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
 
 from valley_ray.config import validate_config
 from valley_ray.errors import ConfigError, PortInUseError, UnavailableError, ValleyError
@@ -84,8 +85,12 @@ class ServedApp:
 
 
 @contextmanager
-def run(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> Iterator[ServedApp]:
+def run(
+    config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000, log_level: str = "INFO"
+) -> Iterator[ServedApp]:
     """Serve on the Ray that this process is connected to, until the block ends; `port` 0 picks a free one.
+
+    Above INFO, `log_level` leaves Serve's access log out too.
 
     The app answers when the block starts. Meant for a local Ray of one's own: it brings up Serve and takes it down.
 
@@ -98,17 +103,20 @@ def run(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> It
     port = free_port(host, port)
     if _serve_runs():
         raise ConfigError("Serve already runs on this Ray; use `serve deploy` to change what it serves")
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
+    logs = LoggingConfig(log_level=log_level, enable_access_log=log_level == "INFO")
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port), logging_config=logs
+    )
     try:
-        _deploy(app)
+        _deploy(app, logs)
         yield ServedApp(f"http://{host}:{port}", config.served_name)
     finally:
         serve.shutdown()
 
 
-def _deploy(app: serve.Application) -> None:
+def _deploy(app: serve.Application, logs: LoggingConfig) -> None:
     try:
-        serve.run(app, name=APP_NAME, route_prefix="/")
+        serve.run(app, name=APP_NAME, route_prefix="/", logging_config=logs)
     except RuntimeError as error:
         # Serve's error names deployments only; why they failed is the last line of the traceback in their status.
         deployments = serve.status().applications[APP_NAME].deployments.values()

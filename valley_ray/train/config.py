@@ -138,3 +138,35 @@ class TrainConfig(Config):
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision fp16 needs use_gpu=true; take bf16 or fp32 on CPUs")
         return self
+
+    def under(self, root: Path) -> Self:
+        """The same run with relative paths made absolute: outputs below `root`, inputs too unless they exist as given."""
+        data = self.data
+        if data.pipeline is not None:
+            pipeline = dict(data.pipeline)
+            if isinstance(pipeline.get("records"), list | tuple):
+                pipeline["records"] = [_input(root, path) for path in pipeline["records"]]
+            if "media_root" in pipeline:
+                pipeline["media_root"] = _input(root, pipeline["media_root"])
+            if "windows_dir" in pipeline:
+                pipeline["windows_dir"] = _output(root, pipeline["windows_dir"])
+            data = data.model_copy(update={"pipeline": pipeline})
+        if data.windows_dir is not None:
+            data = data.model_copy(update={"windows_dir": _input(root, data.windows_dir)})
+        return self.model_copy(
+            update={
+                "model": _input(root, self.model),
+                "output": _output(root, self.output),
+                "storage": _output(root, self.storage),
+                "data": data,
+            }
+        )
+
+
+def _output(root: Path, path: str | Path) -> Path:
+    return root / Path(path).expanduser()
+
+
+def _input(root: Path, path: str | Path) -> Path:
+    given = Path(path).expanduser()
+    return given.absolute() if given.exists() else root / given

@@ -1,0 +1,50 @@
+"""Train Valley's stages on Ray: python jobs/finetune.py [CONFIG.yaml] [key=value ...]. Default: the nano model, on CPUs."""
+
+import sys
+from pathlib import Path
+
+from valley_ray.config import load_config
+from valley_ray.errors import ValleyError
+from valley_ray.session import connect, quiet_ray_data
+from valley_ray.storage import storage_root
+from valley_ray.train.config import TrainConfig
+
+NANO = Path(__file__).parent / "configs" / "nano.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0, or 2 with one line on stderr for a user's mistake."""
+    overrides = [argument for argument in arguments if "=" in argument]
+    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    try:
+        if len(paths) > 1:
+            raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
+        config = load_config(TrainConfig, paths[0] if paths else NANO, overrides).under(storage_root())
+        print(f"storage: {storage_root()}", flush=True)
+        if not paths:
+            _make_nano(config)
+        connect()
+        quiet_ray_data()
+        from valley_ray.train.trainer import train
+
+        result = train(config)
+    except ValleyError as error:
+        print(f"finetune: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"model folder  {result.model_folder}\nmetrics       {result.metrics_path}\nloss curve    {result.curve_path}"
+    )
+    print(f'try: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')
+    return 0
+
+
+def _make_nano(config: TrainConfig) -> None:
+    """Clips and backbones of the default configuration, where they have not been made yet."""
+    from valley_ray.nano.backbones import NanoConfig
+    from valley_ray.nano.make import WorldConfig, make_world
+
+    make_world(config.model.parent, WorldConfig(), NanoConfig(), say=lambda text: print(text, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
