@@ -1,4 +1,4 @@
-"""Train Valley's stages on Ray: python jobs/finetune.py [CONFIG.yaml] [key=value ...]. Default: the nano model, on CPUs."""
+"""Train Valley's stages on Ray: python jobs/finetune.py [CONFIG.yaml] [key=value ...]. Default: the nano model."""
 
 import sys
 from pathlib import Path

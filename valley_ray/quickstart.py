@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from tqdm import tqdm
 
@@ -171,6 +172,8 @@ def _ask_in_process(model: Path, data_root: Path, asked: Sequence[dict[str, Any]
         AskInput(row["conversations"][0]["value"].removeprefix("<video>\n"), video=data_root / row["video"])
         for row in asked
     )
+    # Ray's processes live on the same cores: a second thread for so small a model would only wait for them.
+    torch.set_num_threads(1)
     with Assistant.from_pretrained(model, num_slots=32) as assistant:
         answers = assistant.answer_batch(tqdm(questions, "held-out questions", len(asked), unit="q"))
     failed = [answer.error for answer in answers if answer.error is not None]

@@ -1,4 +1,4 @@
-"""Connecting a process to Ray: to the cluster that RAY_ADDRESS names, else to one of its own; never to one by chance."""
+"""Connecting a process to Ray: to the cluster that RAY_ADDRESS names, else to one of its own, never by chance."""
 
 import logging
 import os

@@ -1,6 +1,7 @@
 """Answers and truths become accuracies per kind of question, and the chance level beside each.
 
-Knows no model and no media. A prediction is right when it equals the truth as a whole, case and outer white space aside.
+Knows no model and no media. A prediction is right when it equals the truth as a whole, case and outer white space
+aside.
 """
 
 from collections import Counter, defaultdict

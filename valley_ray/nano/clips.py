@@ -1,7 +1,7 @@
 """Scenes on disk: H.264 .mp4 files, and the record lists that ask about them, in the LLaVA / Valley JSON form.
 
-A Split says which scenes; `write_scene` makes one file, so that a cluster can make many at once; `training_records` and `question_records` put the
-questions beside them. Knows no Ray and no torch.
+A Split says which scenes; `write_scene` makes one file, so that a cluster can make many at once; `training_records` and
+`question_records` put the questions beside them. Knows no Ray and no torch.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ a model to align with, as Valley's has in Vicuna. Knows no pixels. P patches, T 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def teach_reading(
         ]
         loss = _reading_loss(model, processor, vocabulary, scenes, rng, noise=config.noise)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -146,7 +147,7 @@ def _reading_loss(
     for number, row in enumerate(rows):
         input_ids[number, : len(row.input_ids)] = torch.from_numpy(row.input_ids)
         labels[number, : len(row.labels)] = torch.from_numpy(row.labels)
-    table_VD = model.core.get_input_embeddings().weight
+    table_VD: Any = model.core.get_input_embeddings().weight
     stand_ins = torch.stack(words) @ table_VD
     stand_ins = stand_ins + torch.randn_like(stand_ins) * noise * stand_ins.detach().std()
     embeddings = model.core.embed(input_ids.flatten(), list(stand_ins)).view(len(rows), length, -1)
@@ -163,7 +164,7 @@ def _messages(questions: Sequence[Question]) -> tuple[Message, ...]:
 
 
 def _words_seen(scene: Scene, vocabulary: Mapping[str, int], *, num_patches: int, num_frames: int) -> torch.Tensor:
-    """Word counts [P + T, V]: patch tokens get what passes over them, averaged over time, frame tokens all they show."""
+    """Word counts [P + T, V]: a patch token gets what passes over it, averaged over time, a frame token all it shows."""
     side = round(num_patches**0.5)
     counts = np.zeros((num_patches + num_frames, len(vocabulary)), dtype=np.float32)
     for actor in scene.actors:

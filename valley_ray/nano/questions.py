@@ -46,7 +46,7 @@ def questions_about(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def conversations_about(scene: Scene, rng: np.random.Generator) -> list[list[Question]]:
-    """The same questions as conversations to learn from: all that tell nothing about each other in one, a caption alone.
+    """The questions as conversations to learn from: all that tell nothing about each other in one, a caption alone.
 
     A caption among earlier or later turns could be copied from them, or they from it, and nothing need be seen.
     """

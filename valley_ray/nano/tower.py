@@ -82,7 +82,8 @@ def train_tower(config: TowerConfig, *, on_step: Callable[[int, int, float], Non
         schedule.step()
         if on_step is not None:
             on_step(step + 1, config.num_steps, float(loss.detach()))
-    return model.eval()
+    trained: nn.Module = model.eval()
+    return trained
 
 
 @torch.no_grad()

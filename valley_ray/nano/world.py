@@ -1,4 +1,4 @@
-"""The nano world: scenes of coloured shapes that move, and their frames. A seed and an index become a Scene; a Scene becomes frames.
+"""The nano world: a seed and an index become a Scene of coloured shapes that move; a Scene becomes frames.
 
 Knows nothing of files, codecs or language: `questions.py` puts a scene into words, `clips.py` into an .mp4 file.
 Places and sizes are in pixels of a SIDE x SIDE frame, y growing downwards. T frames, H = W = SIDE.
@@ -181,7 +181,7 @@ def _paint(image: npt.NDArray[np.float32], actor: Actor, center: tuple[float, fl
 def _cover(
     shape: str, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], radius: float
 ) -> npt.NDArray[np.float32]:
-    """Share of each pixel that the shape covers, 0..1, with one pixel of soft edge; x [1, W], y [H, 1] from its centre."""
+    """Share of each pixel that the shape covers, 0..1, softened by a pixel; x [1, W] and y [H, 1] from its centre."""
     if shape == "ring":
         distance = np.abs(np.hypot(x, y) - radius * 0.72) - radius * 0.26
     elif shape == "square":

@@ -140,7 +140,7 @@ class TrainConfig(Config):
         return self
 
     def under(self, root: Path) -> Self:
-        """The same run with relative paths made absolute: outputs below `root`, inputs too unless they exist as given."""
+        """The same run with absolute paths: relative outputs below `root`, inputs too unless they exist as given."""
         data = self.data
         if data.pipeline is not None:
             pipeline = dict(data.pipeline)
