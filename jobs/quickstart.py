@@ -8,12 +8,9 @@ from valley_ray.errors import ValleyError
 
 def main() -> int:
     from valley_ray.quickstart import QuickstartConfig, run
-    from valley_ray.session import connect, quiet_ray_data
 
     try:
         config = load_config(QuickstartConfig, overrides=sys.argv[1:])
-        connect()
-        quiet_ray_data()
         run(config)
     except ValleyError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ from valley_ray.nano.questions import HARDER_KINDS, SINGLE_KINDS
 from valley_ray.serve.app import ServedApp
 from valley_ray.serve.app import run as run_server
 from valley_ray.serve.config import ServeConfig
+from valley_ray.session import connect, quiet_ray_data
 from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
 from valley_ray.train.trainer import TrainResult, train
@@ -86,7 +87,7 @@ class QuickstartConfig(Config):
 
 
 def run(config: QuickstartConfig) -> Report:
-    """Run all of it on the Ray that is connected; returns what report.json holds.
+    """Run all of it, on the Ray that RAY_ADDRESS names or on one of its own; returns what report.json holds.
 
     The report: `accuracy` and `chance` per question kind (flat, 0..1), `harder` and `harder_chance` likewise,
     `num_held_out` clips, `served` {num, num_equal}, `seconds` per part.
@@ -94,6 +95,8 @@ def run(config: QuickstartConfig) -> Report:
     start = time.perf_counter()
     root, model = storage_root() / config.root, storage_root() / config.model
     _clear(root)
+    connect()
+    quiet_ray_data()
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):
         make_data(root / "data", config.world)

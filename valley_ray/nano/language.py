@@ -164,7 +164,10 @@ def _messages(questions: Sequence[Question]) -> tuple[Message, ...]:
 
 
 def _words_seen(scene: Scene, vocabulary: Mapping[str, int], *, num_patches: int, num_frames: int) -> torch.Tensor:
-    """Word counts [P + T, V]: a patch token gets what passes over it, averaged over time, a frame token all it shows."""
+    """Word counts [P + T, V]: a patch token gets what passes over it, averaged over time, a frame token all it shows.
+
+    A word counts once per shape that it describes.
+    """
     side = round(num_patches**0.5)
     counts = np.zeros((num_patches + num_frames, len(vocabulary)), dtype=np.float32)
     for actor in scene.actors:

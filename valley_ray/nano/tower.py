@@ -200,14 +200,14 @@ def _contrastive_loss(model: CLIPModel, pool: _Pool, rows: npt.NDArray[np.int64]
 def _image_embedding(model: nn.Module, frames_NSSC: npt.NDArray[np.uint8]) -> torch.Tensor:
     """[N, E], not normalised."""
     pixel_values = torch.from_numpy(normalize(frames_NSSC, mean=IMAGE_MEAN, std=IMAGE_STD))
-    pooled = model.vision_model(pixel_values=pixel_values).pooler_output  # type: ignore[operator,union-attr]
+    pooled = model.vision_model(pixel_values=pixel_values).pooler_output
     return model.visual_projection(pooled)  # type: ignore[operator,no-any-return]
 
 
 def _text_embedding(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
     """[U, E], not normalised."""
     used = int((token_ids != 0).sum(dim=1).max())
-    pooled = model.text_model(input_ids=token_ids[:, :used]).pooler_output  # type: ignore[operator,union-attr]
+    pooled = model.text_model(input_ids=token_ids[:, :used]).pooler_output
     return model.text_projection(pooled)  # type: ignore[operator,no-any-return]
 
 
