@@ -6,6 +6,7 @@ model. N frames, U distinct captions of a batch, S crop side, E width of the sha
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -197,18 +198,20 @@ def _contrastive_loss(model: CLIPModel, pool: _Pool, rows: npt.NDArray[np.int64]
     return loss
 
 
-def _image_embedding(model: nn.Module, frames_NSSC: npt.NDArray[np.uint8]) -> torch.Tensor:
+def _image_embedding(model: Any, frames_NSSC: npt.NDArray[np.uint8]) -> torch.Tensor:
     """[N, E], not normalised."""
     pixel_values = torch.from_numpy(normalize(frames_NSSC, mean=IMAGE_MEAN, std=IMAGE_STD))
     pooled = model.vision_model(pixel_values=pixel_values).pooler_output
-    return model.visual_projection(pooled)  # type: ignore[operator,no-any-return]
+    embedding: torch.Tensor = model.visual_projection(pooled)
+    return embedding
 
 
-def _text_embedding(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+def _text_embedding(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     """[U, E], not normalised."""
     used = int((token_ids != 0).sum(dim=1).max())
     pooled = model.text_model(input_ids=token_ids[:, :used]).pooler_output
-    return model.text_projection(pooled)  # type: ignore[operator,no-any-return]
+    embedding: torch.Tensor = model.text_projection(pooled)
+    return embedding
 
 
 def _token_ids(captions: Sequence[str]) -> torch.Tensor:
