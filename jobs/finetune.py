@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from valley_ray.config import load_config
-from valley_ray.errors import ValleyError
+from valley_ray.errors import ConfigError, ValleyError
 from valley_ray.session import connect, quiet_ray_data
 from valley_ray.storage import storage_root
 from valley_ray.train.config import TrainConfig
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
 
         result = train(config)
     except ValleyError as error:
-        print(f"finetune: error: {error}", file=sys.stderr)
+        print(f"finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(
         f"model folder  {result.model_folder}\nmetrics       {result.metrics_path}\nloss curve    {result.curve_path}"
@@ -39,11 +39,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _make_nano(config: TrainConfig) -> None:
-    """Clips and backbones of the default configuration, where they have not been made yet."""
+    """Clips and backbones of the default configuration, where they are missing; raises ConfigError for another model."""
     from valley_ray.nano.backbones import NanoConfig
     from valley_ray.nano.make import WorldConfig, make_world
 
-    make_world(config.model.parent, WorldConfig(), NanoConfig(), say=lambda text: print(text, flush=True))
+    nano = load_config(TrainConfig, NANO).under(storage_root())
+    if config.model != nano.model and not (config.model / "config.json").is_file():
+        raise ConfigError(f"model={str(config.model)!r} is no model folder (no config.json in it); check the path")
+    make_world(nano.model.parent, WorldConfig(), NanoConfig(), say=lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":

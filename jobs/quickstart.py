@@ -7,7 +7,8 @@ from valley_ray.errors import ValleyError
 
 
 def main() -> int:
-    from valley_ray.quickstart import QuickstartConfig, run
+    from valley_ray.quickstart.config import QuickstartConfig
+    from valley_ray.quickstart.road import run
 
     try:
         config = load_config(QuickstartConfig, overrides=sys.argv[1:])

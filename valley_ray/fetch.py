@@ -159,12 +159,10 @@ def _fetch_path(path: Path, policy: FetchPolicy) -> Fetched:
             raise _outside(name) from None
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise SourceNotFoundError(f"{name}: cannot be read ({why}); check the path") from error
-    if policy.allow_roots is not None and not any(
-        resolved.is_relative_to(root.resolve()) for root in policy.allow_roots
-    ):
+    if not _is_under(resolved, policy.allow_roots):
         raise _outside(name)
     if stat.S_ISDIR(status.st_mode):
-        size_bytes = sum(child.stat().st_size for child in resolved.iterdir() if child.is_file())
+        size_bytes = _folder_size(resolved, policy, name=name)
     elif stat.S_ISREG(status.st_mode):
         size_bytes = status.st_size
     else:
@@ -172,6 +170,21 @@ def _fetch_path(path: Path, policy: FetchPolicy) -> Fetched:
     if size_bytes > policy.max_bytes:
         raise SourceTooLargeError(f"{name}: {size_bytes} bytes are more than {policy.max_bytes=}")
     return Fetched(name, resolved, size_bytes, str(status.st_mtime_ns))
+
+
+def _folder_size(folder: Path, policy: FetchPolicy, *, name: str) -> int:
+    """Bytes of its files; a link among them may lead out of the roots, which the folder itself does not show."""
+    try:
+        files = [child for child in folder.iterdir() if child.is_file()]
+        if not all(_is_under(file.resolve(), policy.allow_roots) for file in files):
+            raise _outside(name)
+        return sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise SourceNotFoundError(f"{name}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _is_under(resolved: Path, roots: tuple[Path, ...] | None) -> bool:
+    return roots is None or any(resolved.is_relative_to(root.resolve()) for root in roots)
 
 
 def _is_lexically_under(path: Path, roots: tuple[Path, ...]) -> bool:

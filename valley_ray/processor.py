@@ -76,6 +76,8 @@ def read_processor_config(folder: str | PathLike[str]) -> ProcessorConfig:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
     values.pop("processor_class", None)
     return validate_config(ProcessorConfig, values, source=str(path))
 
@@ -226,7 +228,7 @@ def _open_tokenizer(folder: Path) -> Tokenizer:
 
         try:
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # tokenizers raises Exception itself, transformers whatever an odd file leads to
             reason = " ".join(str(error).split())
             raise CheckpointError(
                 f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again"

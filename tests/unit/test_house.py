@@ -123,4 +123,4 @@ def test_ray_data_is_imported_where_the_design_says() -> None:
         or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray.data"))
     }
     rooms = {name.partition("/")[0] for name in importers}
-    assert rooms <= {"data", "evaluate", "quickstart.py"}
+    assert rooms <= {"data", "evaluate", "quickstart"}

@@ -98,7 +98,8 @@ def from_openai(messages: Sequence[Mapping[str, Any]]) -> tuple[Conversation, li
     stand for media that nobody sent.
 
     Raises:
-        ConversationError: an unknown role or part, media outside a user message, a literal mark, no message.
+        ConversationError: an unknown role or part, media outside a user message, a literal mark, text that is not
+            valid Unicode, no message.
     """
     media: list[MediaPart] = []
     read = []
@@ -156,6 +157,10 @@ def _plain_text(text: str) -> str:
     mark = MEDIA_MARK.search(text)
     if mark:
         raise ConversationError(f"the text contains {mark[0]}, which stands for media; send a media part instead")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"the text is not valid Unicode (half a surrogate pair): {error}") from error
     return text
 
 

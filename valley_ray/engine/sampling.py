@@ -12,6 +12,9 @@ import torch
 
 from valley_ray.engine.engine import SamplingParams
 
+_LEAST_TEMPERATURE = 1e-30
+"""Smaller ones are 0 in float32, or make logits infinite: the draw would be among NaN."""
+
 
 def choose_tokens(logits_NV: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """One token id per row of `logits_NV` (float [N, V]); `positions[i]` is the index of row i's new token, from 0."""
@@ -40,7 +43,7 @@ def _draw(logits_NV: torch.Tensor, params: Sequence[SamplingParams], uniform: Se
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits_NV.device)[:, None]
 
-    scaled = logits_NV / column([one.temperature for one in params])
+    scaled = logits_NV / column([max(one.temperature, _LEAST_TEMPERATURE) for one in params])
     # Stable, so that equal logits keep the order of their ids and a draw is reproducible.
     ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)

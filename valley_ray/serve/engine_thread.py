@@ -110,7 +110,9 @@ class EngineThread:
             return
         try:
             self._engine.add(prompt, params, request_id=request_id)
-        except ValleyError as error:
+        except Exception as error:  # whatever it is: the thread must live for the others, and this caller not wait
+            if not isinstance(error, ValleyError):
+                logger.exception("a request could not be added")
             caller.send(error)
             return
         self._callers[request_id] = caller

@@ -1,11 +1,12 @@
 """What a training run is: the model it starts from, its data, its stages, its workers. Knows no torch and no Ray."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
 from valley_ray.config import Config
+from valley_ray.errors import ConfigError
 
 Part = Literal["projector", "temporal", "new_embeddings", "embeddings", "language_model"]
 """A set of parameters that a stage can train; `valley_ray.train.stages` says which parameters each one holds."""
@@ -144,12 +145,13 @@ class TrainConfig(Config):
         data = self.data
         if data.pipeline is not None:
             pipeline = dict(data.pipeline)
-            if isinstance(pipeline.get("records"), list | tuple):
-                pipeline["records"] = [_input(root, path) for path in pipeline["records"]]
-            if "media_root" in pipeline:
-                pipeline["media_root"] = _input(root, pipeline["media_root"])
-            if "windows_dir" in pipeline:
-                pipeline["windows_dir"] = _output(root, pipeline["windows_dir"])
+            # What is no path is left as it is: the pipeline's own configuration names it.
+            if isinstance(records := pipeline.get("records"), list | tuple):
+                pipeline["records"] = [_input(root, one) if _is_path(one) else one for one in records]
+            if _is_path(media_root := pipeline.get("media_root")):
+                pipeline["media_root"] = _input(root, media_root)
+            if _is_path(windows_dir := pipeline.get("windows_dir")):
+                pipeline["windows_dir"] = _output(root, windows_dir)
             data = data.model_copy(update={"pipeline": pipeline})
         if data.windows_dir is not None:
             data = data.model_copy(update={"windows_dir": _input(root, data.windows_dir)})
@@ -164,9 +166,20 @@ class TrainConfig(Config):
 
 
 def _output(root: Path, path: str | Path) -> Path:
-    return root / Path(path).expanduser()
+    return root / _expanded(path)
 
 
 def _input(root: Path, path: str | Path) -> Path:
-    given = Path(path).expanduser()
+    given = _expanded(path)
     return given.absolute() if given.exists() else root / given
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no such user's home; write the path out") from error
+
+
+def _is_path(value: object) -> TypeGuard[str | Path]:
+    return isinstance(value, str | Path)
