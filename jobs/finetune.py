@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _make_nano(config: TrainConfig) -> None:
-    """Clips and backbones of the default configuration, where they are missing; raises ConfigError for another model."""
+    """Clips and backbones of the default configuration, where they are missing; ConfigError for a wrong model."""
     from valley_ray.nano.backbones import NanoConfig
     from valley_ray.nano.make import WorldConfig, make_world
 

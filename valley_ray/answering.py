@@ -15,6 +15,8 @@ import torch
 
 from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
+from valley_ray.errors import CheckpointError
+from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 
@@ -31,6 +33,24 @@ def load_model(
     model = ValleyForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
     model.to(device).eval()
     return model
+
+
+def check_fit(config: ValleyConfig, processor: ValleyProcessor) -> None:
+    """Raise CheckpointError where model and processor disagree: answers would be wrong without any other sign."""
+    sides = {processor.video_crop.size, processor.image_crop.size}
+    if sides != {config.image_size}:
+        raise CheckpointError(f"processor_config.json crops to {sorted(sides)}, the tower takes {config.image_size}")
+    if processor.num_patches != config.num_patches:
+        raise CheckpointError(
+            f"processor_config.json has num_patches={processor.num_patches}, the tower makes {config.num_patches}"
+        )
+    ids = processor.tokenizer.get_added_vocab()
+    for token, field in ID_FIELD_OF_TOKEN.items():
+        if ids[token] != getattr(config, field):
+            raise CheckpointError(
+                f"{token} is {ids[token]} in the tokenizer but config.json has {field}={getattr(config, field)}; "
+                "use the tokenizer saved with the model"
+            )
 
 
 @torch.inference_mode()

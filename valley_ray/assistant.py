@@ -15,6 +15,7 @@ import torch
 from valley_ray.answering import (
     TextStream,
     build_prompt,
+    check_fit,
     complete_params,
     encode_visual_tokens,
     load_model,
@@ -110,6 +111,7 @@ class Assistant:
         """
         model = load_model(folder, device=device, dtype=dtype)
         processor = ValleyProcessor.from_pretrained(folder)
+        check_fit(model.config, processor)
         return cls(model, processor, num_slots=num_slots, policy=policy, sandbox_limits=sandbox_limits)
 
     def __enter__(self) -> Self:

@@ -306,3 +306,13 @@ def test_dead_port_and_bad_urls_are_fetch_errors():
     for url in ("http://127.0.0.1:9/a", "http://127.0.0.1:99999/a", "http://[::1/a"):
         with pytest.raises(FetchError):
             fetch(url, FetchPolicy(timeout_s=5, **LOOPBACK))
+
+
+def test_a_folder_with_a_link_out_of_the_roots_is_refused(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "secret.png"
+    (inside / "frames").mkdir(parents=True)
+    outside.write_bytes(b"x")
+    (inside / "frames" / "a.png").symlink_to(outside)
+    assert fetch(str(inside / "frames"), FetchPolicy()).size_bytes == 1
+    with pytest.raises(SourceNotAllowedError, match="outside the folders"):
+        fetch(str(inside / "frames"), FetchPolicy(allow_roots=(inside,)))

@@ -87,7 +87,15 @@ def test_broken_processor_folders_are_named(tmp_path: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps(values | {"num_patchs": 3}))
     with pytest.raises(ConfigError, match="did you mean 'num_patches'"):
         ValleyProcessor.from_pretrained(folder)
+    (folder / "processor_config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="must hold a mapping, got list"):
+        ValleyProcessor.from_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(values))
+    tokenizer_config = (folder / "tokenizer_config.json").read_text()
+    (folder / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be opened"):
+        ValleyProcessor.from_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(tokenizer_config)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer cannot be opened"):
         ValleyProcessor.from_pretrained(folder)

@@ -41,6 +41,7 @@ def load_folder(load: Callable[..., Any], folder: Path) -> Any:
     """
     values = _read_config(folder)
     if "mm_vision_tower" not in values:
+        _check_config(values, folder / "config.json")
         _check_weight_files(folder)
         return _load_strictly(partial(load, folder), folder, use_safetensors=True)
     state = {
@@ -68,6 +69,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         came = config.get("model_type")
         raise CheckpointError(f"{path}: expected model_type 'valley', got {came!r}; this is no Valley model folder")
     return config
+
+
+def _check_config(values: dict[str, Any], path: Path) -> None:
+    """Without a part's configuration its default would be built, which is a LLaMA of 7 billion random weights."""
+    absent = [name for name in ("text_config", "vision_config") if not isinstance(values.get(name), dict)]
+    if absent:
+        raise CheckpointError(f"{path}: expected a mapping under {' and '.join(absent)}; copy the file again")
+    try:
+        config: Any = ValleyConfig.from_dict(values)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever an odd value leads to
+        raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())}); copy it again") from error
+    num_layers = config.vision_config.num_hidden_layers
+    if not -num_layers - 1 <= config.vision_layer <= num_layers:
+        raise CheckpointError(f"{path}: vision_layer={config.vision_layer} of a tower with {num_layers} layers")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,6 +138,8 @@ def _shards_of_index(index_path: Path) -> list[Path]:
     weight_map = _read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index_path} has no weight_map; copy it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index_path}: expected file names in weight_map; copy it again")
     shards = [index_path.parent / name for name in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

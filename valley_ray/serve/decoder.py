@@ -9,7 +9,7 @@ from contextlib import aclosing
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import TextStream, build_prompt, complete_params, load_model
+from valley_ray.answering import TextStream, build_prompt, check_fit, complete_params, load_model
 from valley_ray.engine.slots import SlotEngine
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.calls import PullCache, unwrapped
@@ -27,9 +27,10 @@ class LanguageDecoder:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         model = load_model(config.model, device=config.decoder.device, dtype=dtype)
         # The encoders hold the vision tower; here it would only take memory.
-        core = model.core
+        core, model_config = model.core, model.config
         del model
         self._processor = ValleyProcessor.from_pretrained(config.model)
+        check_fit(model_config, self._processor)
         self._default_sampling = config.sampling or self._processor.sampling
         self._max_length = config.max_length or self._processor.max_length
         engine = SlotEngine(core, num_slots=config.num_slots, max_length=self._max_length)

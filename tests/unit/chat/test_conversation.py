@@ -42,6 +42,8 @@ def test_openai_parts_become_marks_and_media_in_order() -> None:
         ([{"role": "user", "content": [{"type": "audio"}]}], "part type must be"),
         ([{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}], "needs"),
         ([{"role": "user", "content": "look at <video>"}], "send a media part"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+        ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "not valid Unicode"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "first message"),
         (
             [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],

@@ -47,3 +47,8 @@ def test_rows_are_chosen_apart() -> None:
     greedy, hot = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
     alone = choose_tokens(LOGITS, [hot], [3])
     assert choose_tokens(rows, [hot, greedy, greedy], [3, 0, 0]) == [alone[0], 2, 1]
+
+
+def test_a_temperature_that_float32_does_not_hold_is_greedy() -> None:
+    for temperature in (1e-45, 1e-300, 5e-324):
+        assert drawn(20, temperature=temperature) == [1] * 20

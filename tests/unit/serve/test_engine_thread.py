@@ -78,3 +78,13 @@ def test_a_broken_engine_fails_everybody_and_says_so(tiny_valley: Path) -> None:
             await tokens(thread, PROMPTS[1])
 
     with_thread(engine, body)
+
+
+def test_a_request_that_cannot_be_added_leaves_the_thread_alive(engine: SlotEngine) -> None:
+    async def body(thread: EngineThread) -> None:
+        async with asyncio.timeout(10):
+            with pytest.raises(AssertionError, match="at least one token"):
+                await tokens(thread, Prompt(()))
+            assert len(await tokens(thread, PROMPTS[0])) == 12
+
+    with_thread(engine, body)

@@ -54,3 +54,15 @@ def test_impossible_values_are_named(changes: dict[str, Any], said: str) -> None
 def test_a_stage_config_survives_json() -> None:
     config = StageConfig(**stage(learning_rates={"projector": 2e-3}))
     assert StageConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("pipeline", [{"records": [5]}, {"media_root": 5}, {"windows_dir": None}])
+def test_odd_pipeline_paths_are_left_to_the_pipeline(pipeline: dict[str, Any], tmp_path: Path) -> None:
+    config = validate_config(TrainConfig, values(data={"mode": "overlap", "pipeline": pipeline}), source="test")
+    assert config.under(tmp_path).data.pipeline == pipeline
+
+
+def test_a_home_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    config = validate_config(TrainConfig, values(output="~nobody-of-that-name/x"), source="test")
+    with pytest.raises(ConfigError, match="no such user's home"):
+        config.under(tmp_path)
