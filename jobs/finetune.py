@@ -14,6 +14,9 @@ NANO = Path(__file__).parent / "configs" / "nano.yaml"
 
 def main(arguments: list[str]) -> int:
     """Exit status 0, or 2 with one line on stderr for a user's mistake."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     overrides = [argument for argument in arguments if "=" in argument]
     paths = [Path(argument) for argument in arguments if "=" not in argument]
     try:

@@ -7,6 +7,10 @@ from valley_ray.errors import ValleyError
 
 
 def main() -> int:
+    """Exit status 0, or 2 with one line on stderr for a user's mistake."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     from valley_ray.quickstart.config import QuickstartConfig
     from valley_ray.quickstart.road import run
 
