@@ -36,6 +36,12 @@ class Split:
             for index in range(count):
                 yield f"{kind}-{index:06d}", sample_scene(self.seed, index, kind)
 
+    def scene(self, stem: str) -> Scene:
+        """The scene of one file stem; costs nothing of the others."""
+        kind, _, index = stem.partition("-")
+        kinds: dict[str, SceneKind] = {name: name for name, _ in self.num_scenes}
+        return sample_scene(self.seed, int(index), kinds[kind])
+
 
 def clip_name(split: Split, stem: str) -> str:
     """Path of a clip relative to the media root."""

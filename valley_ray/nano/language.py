@@ -6,10 +6,11 @@ a model to align with, as Valley's has in Vicuna. Knows no pixels. P patches, T 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,16 +30,32 @@ MAX_LENGTH = 256
 class LanguageConfig(Config):
     """Size of the language model and of its reading lessons."""
 
-    hidden_size: int = 96
-    intermediate_size: int = 192
-    num_layers: int = 4
-    num_heads: int = 4
-    num_steps: int = 220
-    batch_size: int = 48
-    learning_rate: float = 1.5e-3
-    noise: float = 0.3
+    hidden_size: int = Field(default=96, ge=8)
+    """Width; an even multiple of `num_heads`."""
+    intermediate_size: int = Field(default=192, ge=8)
+    """Width of the feed-forward layers."""
+    num_layers: int = Field(default=4, ge=1)
+    """Transformer layers."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    num_steps: int = Field(default=220, ge=2)
+    """Optimizer steps."""
+    batch_size: int = Field(default=48, ge=1)
+    """Conversations per step."""
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    """Peak of a one-cycle schedule."""
+    noise: float = Field(default=0.3, ge=0)
     """Noise on the stand-ins, in standard deviations: a projector's tokens will not be exact words either."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
+    """Weights, scenes and order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size must be an even multiple of num_heads, got {self.hidden_size=} {self.num_heads=}"
+            )
+        return self
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

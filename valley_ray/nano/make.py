@@ -7,6 +7,8 @@ Knows no Ray: the caller may spread `write_clips` over a cluster.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pydantic import Field
+
 from valley_ray.config import Config
 from valley_ray.nano.backbones import BackboneProgress, NanoConfig, make_backbones
 from valley_ray.nano.clips import (
@@ -24,13 +26,13 @@ TRAIN_SEED, HELD_OUT_SEED = 10_000, 20_000
 class WorldConfig(Config):
     """How many clips there are of each kind."""
 
-    num_train: int = 1400
+    num_train: int = Field(default=1400, ge=1)
     """Clips with one moving shape."""
-    num_held_out: int = 256
+    num_held_out: int = Field(default=256, ge=1)
     """The same, held out."""
-    num_train_harder: int = 180
+    num_train_harder: int = Field(default=180, ge=0)
     """Clips of each harder kind (two shapes, one that turns, several to count)."""
-    num_held_out_harder: int = 32
+    num_held_out_harder: int = Field(default=32, ge=0)
     """The same, held out."""
     shuffle_answers: bool = False
     """Answers in train.json belong to random other clips: nothing can be learned. For the proof of the numbers."""
@@ -66,9 +68,8 @@ def write_record_files(data_root: Path, world: WorldConfig) -> None:
 
 def write_clips(data_root: Path, split: Split, stems: Iterable[str]) -> None:
     """Encode the clips of `split` named by `stems`."""
-    scenes = dict(split.scenes())
     for stem in stems:
-        write_scene(data_root / clip_name(split, stem), scenes[stem])
+        write_scene(data_root / clip_name(split, stem), split.scene(stem))
 
 
 def make_world(root: Path, world: WorldConfig, nano: NanoConfig, *, say: Callable[[str], None]) -> None:

@@ -6,12 +6,13 @@ model. N frames, U distinct captions of a batch, S crop side, E width of the sha
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
@@ -36,17 +37,37 @@ transformers treats as an old checkpoint's and then looks for the largest id ins
 class TowerConfig(Config):
     """Size of the tower and of its training."""
 
-    width: int = 96
-    num_layers: int = 3
-    num_heads: int = 4
-    patch_size: int = 8
-    num_scenes: int = 18_000
+    width: int = Field(default=96, ge=8)
+    """Hidden size; a multiple of `num_heads`."""
+    num_layers: int = Field(default=3, ge=2)
+    """Transformer layers; features come from the last but one."""
+    num_heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    patch_size: int = Field(default=8, ge=1)
+    """Side of a patch, pixels of the 32 x 32 crop."""
+    num_scenes: int = Field(default=18_000, ge=2)
     """Scenes rendered for training, `frames_per_scene` frames each."""
-    frames_per_scene: int = 2
-    num_steps: int = 1200
-    batch_size: int = 64
-    learning_rate: float = 4e-3
-    seed: int = 0
+    frames_per_scene: int = Field(default=2, ge=1)
+    """Frames of each scene, at random times."""
+    num_steps: int = Field(default=1200, ge=2)
+    """Optimizer steps."""
+    batch_size: int = Field(default=64, ge=2)
+    """Frames per step; at most half of all that are rendered."""
+    learning_rate: float = Field(default=4e-3, gt=0)
+    """Peak of a one-cycle schedule."""
+    seed: int = Field(default=0, ge=0)
+    """Weights, scenes and order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads or IMAGE_SIZE % self.patch_size:
+            raise ValueError(
+                f"width must be a multiple of num_heads and {IMAGE_SIZE} of patch_size, "
+                f"got {self.width=} {self.num_heads=} {self.patch_size=}"
+            )
+        if self.batch_size > self.num_scenes // 2 * self.frames_per_scene:
+            raise ValueError(f"{self.batch_size=} is more than half of the rendered frames; raise num_scenes")
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,9 @@
 """QuickstartConfig: how large the quickstart is. Its defaults reach the numbers of the README on two CPU cores."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from valley_ray.config import Config
 from valley_ray.nano.backbones import NanoConfig
@@ -46,9 +47,19 @@ class QuickstartConfig(Config):
     """Backbones."""
     stages: tuple[StageConfig, ...] = Field(default_factory=nano_stages)
     """Training."""
-    global_batch_size: int = 48
+    global_batch_size: int = Field(default=48, ge=1)
     """Samples per step."""
     num_workers: int = Field(default=2, ge=1)
     """Training workers, one thread each."""
-    num_served: int = 40
+    num_served: int = Field(default=40, ge=0)
     """Held-out clips that are asked about over HTTP; 0 leaves serving out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What the training would refuse, said before the minutes that lead there."""
+        if self.global_batch_size % self.num_workers:
+            raise ValueError(
+                f"global_batch_size must be a multiple of num_workers, got {self.global_batch_size=} "
+                f"{self.num_workers=}; change one of them"
+            )
+        return self

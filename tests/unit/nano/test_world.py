@@ -50,6 +50,11 @@ def test_rendered_shape_has_its_colour_where_it_is() -> None:
         assert nearest == actor.color
 
 
+def test_a_file_stem_names_its_scene_alone() -> None:
+    split = WorldConfig(num_train=5, num_train_harder=3).train
+    assert all(split.scene(stem) == scene for stem, scene in split.scenes())
+
+
 def test_no_clip_is_both_in_train_and_held_out() -> None:
     world = WorldConfig(num_train=300, num_held_out=300, num_train_harder=50, num_held_out_harder=50)
     train = {scene.digest for _, scene in world.train.scenes()}
