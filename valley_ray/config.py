@@ -93,6 +93,10 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return f"unknown key {name!r}{hint} (valid keys: {', '.join(known)})"
+    if problem["type"] == "value_error":
+        # A validator of ours: its sentence names the fields, as `self.field=value`.
+        reason = str(problem["ctx"]["error"]).replace("self.", "")
+        return f"{name}: {reason}" if location else reason
     if problem["type"] == "missing":
         return f"missing key {name!r}"
     return f"{name}={problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
