@@ -1,0 +1,80 @@
+"""Options that several commands share, and how their values are read."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from valley_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from valley_ray.engine.engine import SamplingParams
+
+DEFAULT_MODEL = Path("models/nano")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a ConfigError like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with argparse's reason and where to read more."""
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """--model FOLDER."""
+    command.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="model folder (default: %(default)s)"
+    )
+
+
+def add_frames(command: argparse.ArgumentParser) -> None:
+    """--num-frames, --fps, --start and --end."""
+    frames = command.add_argument_group("frames of the video (default: as the model was trained)")
+    how_many = frames.add_mutually_exclusive_group()
+    how_many.add_argument("--num-frames", type=int, metavar="N", help="this many, spread evenly")
+    how_many.add_argument("--fps", type=float, metavar="RATE", help="this many per second")
+    frames.add_argument("--start", type=float, metavar="SECONDS", help="look from here on")
+    frames.add_argument("--end", type=float, metavar="SECONDS", help="look no further than here")
+
+
+def add_words(command: argparse.ArgumentParser) -> None:
+    """--max-tokens, --temperature, --top-p and --seed."""
+    words = command.add_argument_group("words of the answer")
+    words.add_argument("--max-tokens", type=number(int, least=1), metavar="N", help="at most (default: 128)")
+    words.add_argument(
+        "--temperature", type=number(float, least=0), default=0.0, metavar="T", help="0: the likeliest (default)"
+    )
+    words.add_argument(
+        "--top-p", type=number(float, over=0, most=1), default=1.0, metavar="P", help="draw from this share of mass"
+    )
+    words.add_argument("--seed", type=int, default=0, help="the same seed draws the same answer (default: 0)")
+
+
+def read_params(options: argparse.Namespace) -> "SamplingParams | None":
+    """What the options of `add_words` say; None where they say nothing: the assistant then lowers its limit to fit."""
+    from valley_ray.engine.engine import SamplingParams
+
+    params = SamplingParams(options.max_tokens or 128, options.temperature, options.top_p, seed=options.seed)
+    return None if options.max_tokens is None and params == SamplingParams() else params
+
+
+def number(
+    kind: type[int] | type[float], *, least: float | None = None, over: float | None = None, most: float | None = None
+) -> Callable[[str], float]:
+    """An argparse type: a finite number in a range."""
+    limits = [f"at least {least}"] * (least is not None) + [f"over {over}"] * (over is not None)
+    limits += [f"at most {most}"] * (most is not None)
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        fits = (least is None or value >= least) and (over is None or value > over) and (most is None or value <= most)
+        if not fits or abs(value) == float("inf"):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {name} {' and '.join(limits)}, got {text!r}")
+        return value
+
+    return parse
