@@ -48,14 +48,14 @@ def frames(
     crop: Crop | None = None,
     limits: DecodeLimits | None = None,
 ) -> VideoFrames:
-    """The sampled frames of a video, an image (always one frame) or a folder of frame images (sorted by name).
+    """The sampled frames of a video, an image (always one frame) or a folder of frame images.
 
     Args:
         name: what messages call the source; the file's name by default.
         crop: applied to each frame as it is decoded, so that memory holds one full-size frame at a time.
 
     Returns:
-        frames uint8 [T, H, W, 3] (upright; H = W = `crop.size` with a crop) and their presentation times.
+        frames uint8 [T, H, W, 3] (upright; with a crop H = W = S, or as its `fit` says) and their presentation times.
 
     Raises:
         SourceNotFoundError: there is no such file.

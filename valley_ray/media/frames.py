@@ -11,7 +11,7 @@ class VideoFrames:
     """Frames of one clip in presentation order, upright (container rotation applied)."""
 
     frames_THWC: npt.NDArray[np.uint8]
-    """uint8 [T, H, W, 3], RGB."""
+    """uint8 [T, H, W, 3], RGB. H = W = S of a crop, except one that keeps the shape of the picture."""
     pts_seconds: npt.NDArray[np.float64]
     """float64 [T]; presentation time of each frame on its container's clock; zeros for images."""
 

@@ -3,7 +3,7 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +42,13 @@ def decode_image(source: MediaSource, *, name: str, limits: DecodeLimits, transf
     return VideoFrames(frame_HWC[None], np.zeros(1))
 
 
-def list_frames(folder: Path, *, name: str, limits: DecodeLimits) -> list[Path]:
-    """The images of a folder, sorted by name (upstream takes them as the directory lists them)."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+def list_frames(
+    folder: Path, *, name: str, limits: DecodeLimits, order: Literal["name", "directory"] = "name"
+) -> list[Path]:
+    """The images of a folder, sorted by name or (upstream, valley/util/data_util.py) as the directory lists them."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    if order == "name":
+        found.sort()
     if not found:
         raise EmptyMediaError(f"{name}: a folder without images ({', '.join(_SUFFIXES)})")
     if len(found) > limits.max_packets:
@@ -70,14 +74,14 @@ def decode_folder(
     """
     if sampling.start_s is not None or sampling.end_s is not None:
         raise SamplingError(f"{name}: a folder of images has no times; drop start_s and end_s")
-    found = list_frames(folder, name=name, limits=limits)
+    found = list_frames(folder, name=name, limits=limits, order=sampling.folder_order)
     indices = frame_indices(sampling, num_frames=len(found), fps=0.0)
     frames: dict[int, npt.NDArray[np.uint8]] = {}
     for index in dict.fromkeys(indices.tolist()):
         frame_HWC = _read(found[index], name=f"{name}/{found[index].name}", limits=limits)
         frames[index] = frame_HWC if transform is None else transform(frame_HWC)
     if len({frame.shape for frame in frames.values()}) > 1:
-        raise CorruptMediaError(f"{name}: its images differ in size; ask for a crop")
+        raise CorruptMediaError(f"{name}: its images differ in size; ask for a crop that makes them equal")
     frames_THWC = np.stack([frames[index] for index in indices.tolist()])
     if frames_THWC.nbytes > limits.max_output_bytes:
         raise MediaLimitError(f"{name}: its frames are more than {limits.max_output_bytes=}; sample fewer")

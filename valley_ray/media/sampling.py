@@ -1,5 +1,7 @@
 """Which frames of a clip are looked at: a number of them or a rate, inside an optional window. Knows no decoder."""
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
@@ -19,6 +21,8 @@ class FrameSampling(Config):
     """Window start, seconds after the first frame of the clip; None: the clip's start."""
     end_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Window end (exclusive), seconds after the first frame of the clip; None: the clip's end."""
+    folder_order: Literal["name", "directory"] = "name"
+    """Order of the images of a folder: by name, or as the file system lists them, which may be any (upstream)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -39,6 +43,8 @@ class FrameSampling(Config):
     def key(self) -> str:
         """Stable text that names this sampling in cache keys; equal samplings have equal keys."""
         how = f"n{self.num_frames}" if self.num_frames is not None else f"fps{self.fps!r}"
+        if self.folder_order != "name":
+            how += f"-{self.folder_order}"
         if self.start_s is None and self.end_s is None:
             return how
         return f"{how}@{self.start_s or 0.0!r}-{self.end_s!r}"

@@ -1,5 +1,7 @@
 """Frames of generated media: the planned decode equals a sequential one; images and folders."""
 
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -175,6 +177,15 @@ def test_folder_of_images_is_read_in_order_of_names(tmp_path):
     video = frames(tmp_path, FrameSampling(num_frames=3))
     assert video.frames_THWC[:, 0, 0, 0].tolist() == [0, 2, 4]
     assert probe(tmp_path).num_frames == 5
+
+
+def test_folder_of_images_is_read_as_the_directory_lists_it_where_asked(tmp_path, monkeypatch):
+    listing = [tmp_path / f"f{index:02d}.png" for index in (3, 1, 4, 0, 2)]
+    for path in listing:
+        Image.new("RGB", (8, 8), (int(path.stem[1:]), 0, 0)).save(path)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(listing))
+    video = frames(tmp_path, FrameSampling(num_frames=3, folder_order="directory"))
+    assert video.frames_THWC[:, 0, 0, 0].tolist() == [3, 4, 2]
 
 
 def test_folder_of_unequal_images_needs_a_crop(tmp_path):

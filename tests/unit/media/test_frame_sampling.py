@@ -46,6 +46,7 @@ def test_keys_tell_samplings_apart_and_survive_a_round_trip():
         FrameSampling(start_s=1.0),
         FrameSampling(end_s=1.0),
         FrameSampling(start_s=1.0, end_s=2.0),
+        FrameSampling(folder_order="directory"),
     ]
     assert len({sampling.key for sampling in samplings}) == len(samplings)
     for sampling in samplings:

@@ -37,6 +37,30 @@ def test_corner_of_an_odd_margin_is_rounded_or_floored():
     np.testing.assert_array_equal(floored[0], frames[0, :, 1:5])
 
 
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (32, 32)])
+def test_stretch_gives_the_square_whatever_the_shape(shape):
+    frames = np.random.default_rng(0).integers(0, 255, (2, *shape, 3), dtype=np.uint8)
+    stretched = resize_and_crop(frames, Crop(size=28, resample="bicubic", fit="stretch"))
+    want = np.asarray(Image.fromarray(frames[1]).resize((28, 28), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(stretched[1], want)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [((400, 640), (224, 358)), ((640, 400), (358, 224)), ((100, 300), (149, 447)), ((50, 50), (224, 224))],
+)
+def test_keep_holds_the_short_side_to_the_size_and_the_long_one_to_twice_of_it(shape, kept):
+    frames = np.zeros((1, *shape, 3), np.uint8)
+    assert resize_and_crop(frames, Crop(size=224, fit="keep")).shape == (1, *kept, 3)
+
+
+def test_keys_tell_crops_apart_that_give_other_pixels():
+    crops = [Crop(), Crop(fit="stretch"), Crop(fit="keep"), Crop(fit="keep", size=112), Crop(resample="bicubic")]
+    assert len({crop.key for crop in crops}) == len(crops)
+    assert Crop(fit="keep", short_side=300).key == Crop(fit="keep").key
+    assert [crop.is_square for crop in crops] == [True, True, False, False, True]
+
+
 def test_crop_larger_than_the_resize_is_refused():
     with pytest.raises(ValueError, match="short_side must be at least size"):
         Crop(size=224, short_side=200)

@@ -63,7 +63,7 @@ def wait_until_gone(pid, timeout_s=20.0):
 
 def test_frames_equal_those_decoded_in_process(sandbox, clip):
     for source in (clip, clip.read_bytes()):
-        for crop in (None, Crop(size=16, short_side=20)):
+        for crop in (None, Crop(size=16, short_side=20), Crop(size=16, fit="stretch"), Crop(size=16, fit="keep")):
             got = sandbox.frames(source, FrameSampling(fps=7), crop=crop)
             want = decode.frames(source, FrameSampling(fps=7), crop=crop)
             np.testing.assert_array_equal(got.frames_THWC, want.frames_THWC)
