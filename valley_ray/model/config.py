@@ -33,7 +33,11 @@ class ValleyConfig(PreTrainedConfig):
     vision_layer: int = -2
     """Hidden state taken from the tower; -2 leaves out the last layer and the norm after it (upstream's choice)."""
     pooling: str = "mean"
-    """How T frames' patch features become one set of patch tokens; see model/pooling.py."""
+    """How T frames' patches become one set of patch tokens: mean, max, importance or delta (model/pooling.py)."""
+    temporal_dropout: float = 0.1
+    """Dropout of delta pooling's encoder in training (upstream's layer leaves torch's default)."""
+    splice: str = "strict"
+    """How visual tokens meet their placeholders: strict, upstream or upstream-serve (model/splice.py)."""
     vi_frame_token_id: int = -1
     """Placeholder of one frame token."""
     vi_start_token_id: int = -1

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from valley_ray.errors import ConversationError
 from valley_ray.model.config import ValleyConfig
 from valley_ray.model.pooling import Pooling, build_pooling
+from valley_ray.model.splice import Splice, build_splice
 from valley_ray.model.vision import tower_width
 
 IGNORE_INDEX = -100
 """Label of a position that is not learned."""
 
 Features = Sequence[torch.Tensor]
-"""One [T, 1 + P, Dv] tensor per visual block, in the order of the blocks over the batch."""
+"""One tensor per clip, in the order of the visual blocks over the batch: [T, 1 + P, Dv], or its visual tokens."""
 
 
 class ValleyCore(PreTrainedModel):
@@ -47,7 +47,8 @@ class ValleyCore(PreTrainedModel):
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         hidden_size = self.language_model.get_input_embeddings().embedding_dim
         self.mm_projector = nn.Linear(tower_width(config.vision_config), hidden_size)
-        self.pooling: Pooling = build_pooling(config.pooling)
+        self.pooling: Pooling = build_pooling(config, hidden_size=hidden_size)
+        self._splice: Splice = build_splice(config)
         self._can_limit_logits = "logits_to_keep" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
 
@@ -58,43 +59,43 @@ class ValleyCore(PreTrainedModel):
 
     def visual_tokens(self, features: torch.Tensor) -> torch.Tensor:
         """Tokens of one clip: [T, 1 + P, Dv] → [P + T, D], pooled patches first, then one token per frame."""
-        projected = self.mm_projector(self.pooling.rows(features.to(self.mm_projector.weight.dtype)))
-        return self.pooling.tokens(projected, num_frames=len(features))
+        return self._tokens_of([features])[0]
 
     def embed(self, input_ids: torch.Tensor, visual_tokens: Features) -> torch.Tensor:
-        """Embeddings [L, D] of `input_ids` int64 [L], with `visual_tokens` ([P + T, D] each) on the placeholders.
+        """Embeddings [L, D] of one row `input_ids` int64 [L], with `visual_tokens` ([P + T, D] each) on placeholders.
 
         Raises:
-            ConversationError: the number of placeholders is not the number of visual tokens.
+            ConversationError: visual tokens and placeholders do not fit by the rule of `config.splice`.
         """
-        embeddings: torch.Tensor = self.get_input_embeddings()(input_ids)
-        is_placeholder = (input_ids == self.config.im_patch_token_id) | (input_ids == self.config.vi_frame_token_id)
-        positions = is_placeholder.nonzero().squeeze(-1)
-        num_rows = sum(map(len, visual_tokens))
-        if len(positions) != num_rows:
-            raise ConversationError(
-                f"the token ids hold {len(positions)} visual placeholders but the media give {num_rows} visual tokens; "
-                "encode the prompt with the frame counts of the media"
-            )
-        if not num_rows:
-            return embeddings
-        return embeddings.index_copy(0, positions, torch.cat(list(visual_tokens)).to(embeddings.dtype))
+        return self._embed(input_ids[None], visual_tokens)[0]
 
     def embed_batch(self, input_ids: torch.Tensor, features: Features = ()) -> torch.Tensor:
-        """Embeddings [B, L, D] of a batch; the projector is called once, also for a batch without media.
+        """Embeddings [B, L, D] of a batch; projector and pooling are called once, also for a batch without media.
 
-        A zero row always goes through the projector and is added with weight zero, so that every rank of a
-        data-parallel run has a gradient for it and ZeRO gathers the same weights in the same order on all of them.
+        A batch without media sends a clip of zeros through both and adds it with weight zero, so that every rank of
+        a data-parallel run has a gradient for them and ZeRO gathers the same weights in the same order on all.
         """
-        dtype = self.mm_projector.weight.dtype
-        rows = [self.pooling.rows(clip.to(dtype)) for clip in features]
-        zero = torch.zeros(1, self.mm_projector.in_features, dtype=dtype, device=input_ids.device)
-        projected = self.mm_projector(torch.cat([zero, *rows])).split([1, *map(len, rows)])
-        tokens = [
-            self.pooling.tokens(part, num_frames=len(clip)) for part, clip in zip(projected[1:], features, strict=True)
-        ]
-        embeddings: torch.Tensor = self.embed(input_ids.flatten(), tokens) + 0.0 * projected[0].sum()
-        return embeddings.view(*input_ids.shape, -1)
+        if len(features):
+            return self._embed(input_ids, self._tokens_of(features))
+        embeddings = self._embed(input_ids, ())
+        shape = (1, 1 + self.config.num_patches, self.mm_projector.in_features)
+        zeros = torch.zeros(shape, dtype=self.mm_projector.weight.dtype, device=input_ids.device)
+        return embeddings + 0.0 * self._tokens_of([zeros])[0].sum().to(embeddings.dtype)
+
+    def _tokens_of(self, features: Features) -> list[torch.Tensor]:
+        """Visual tokens [P + T, D] of every clip, by one call of the projector and of the pooling."""
+        rows = [self.pooling.rows(clip.to(self.mm_projector.weight.dtype)) for clip in features]
+        projected = self.mm_projector(torch.cat(rows)).split([len(part) for part in rows])
+        return self.pooling.tokens(projected, [len(clip) for clip in features])
+
+    def _embed(self, input_ids: torch.Tensor, visual_tokens: Features) -> torch.Tensor:
+        """[B, L] and the visual tokens of its clips → [B, L, D]."""
+        embeddings: torch.Tensor = self.get_input_embeddings()(input_ids)
+        placement = self._splice(input_ids, visual_tokens)
+        if placement is None:
+            return embeddings
+        spliced = embeddings.flatten(0, 1).index_copy(0, placement.positions, placement.tokens.to(embeddings.dtype))
+        return spliced.view_as(embeddings)
 
     def forward(
         self,
