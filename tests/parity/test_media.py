@@ -1,24 +1,29 @@
 """Sampled indices and pixels of the parity set's media against those that the original code recorded."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from parity_set import ROOT, load_json
 
 from valley_ray.media import decode
-from valley_ray.media.preprocess import Crop, normalize, resize_and_crop
+from valley_ray.media.preprocess import Crop, normalize
 from valley_ray.media.sampling import FrameSampling, frame_indices
 
 STORED_TOLERANCE = 2e-3
 """Pixel values are stored as float16 (README)."""
 FLOAT32_TOLERANCE = 1e-5
+STATISTICS_TOLERANCE = 1e-4
+"""Means over float32 pixels; the order of the additions differs."""
+UPSTREAM_PATCH = 14
+"""Patch side, pixels, that the original counts tokens with whatever the tower says (valley/data/dataset.py)."""
 RAW_MEAN_TOLERANCE = 0.5
 """Levels of 0..255; decoders other than decord may round colours otherwise."""
 
 
 def find(name):
-    return next((ROOT / "media").rglob(name))
+    return next((ROOT / "media").rglob(Path(name).name))
 
 
 def load_arrays(name):
@@ -35,15 +40,39 @@ def sampling_of(kwargs):
     return FrameSampling(num_frames=kwargs.get("fixed_frame_number", 8))
 
 
-def image_statistics(media):
-    config = media["image"]["processors"]["clip"]["config"]
+def crop_of(config):
+    """The crop that an image processor's recorded settings ask for; its numbers of PIL's filters are 2 and 3."""
+    resample = {2: "bilinear", 3: "bicubic"}[config["resample"]]
+    if config["do_center_crop"]:
+        size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]
+        return Crop(size=size, short_side=short_side, resample=resample, corner="floored")
+    assert config["size"]["height"] == config["size"]["width"]
+    return Crop(size=config["size"]["height"], resample=resample, fit="stretch")
+
+
+def statistics_of(config):
     return {"mean": config["image_mean"], "std": config["image_std"]}
 
 
-def image_crop(media):
-    config = media["image"]["processors"]["clip"]["config"]
-    size = config["crop_size"]["height"]
-    return Crop(size=size, short_side=config["size"]["shortest_edge"], resample="bicubic", corner="floored")
+def clip_config(media):
+    return media["image"]["processors"]["clip"]["config"]
+
+
+def thinned(pixels, key, recorded):
+    """Every n-th pixel as the array's name says."""
+    stride = int(key.rpartition("stride")[2]) if "stride" in key else 1
+    ours = pixels[:, :, ::stride, ::stride]
+    assert ours.shape == recorded.shape, key
+    return ours
+
+
+def test_media_are_the_recorded_files():
+    media = load_json("media.json")
+    for name, digest in ((media["video"], media["sha256"]), (media["image"]["file"], media["image"]["sha256"])):
+        assert hashlib.sha256(find(name).read_bytes()).hexdigest() == digest, name
+    info = decode.probe(find(media["video"]))
+    assert (info.num_frames, info.height, info.width) == (media["num_frames"], media["height"], media["width"])
+    assert info.fps == pytest.approx(media["avg_fps"], abs=1e-3)
 
 
 def test_indices_of_every_mode():
@@ -55,9 +84,7 @@ def test_indices_of_every_mode():
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_raw_frames_of_every_mode(backend):
-    if backend == "decord":
-        pytest.importorskip("decord")
-    media = load_json("media.json")
+    media, arrays = load_json("media.json"), load_arrays("media_video.npz")
     path = find(media["video"])
     for mode, want in media["modes"].items():
         frames_THWC = decode.frames(path, sampling_of(want["kwargs"]), backend=backend).frames_THWC
@@ -67,54 +94,85 @@ def test_raw_frames_of_every_mode(backend):
         if backend == "decord":
             digests = [hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames_THWC]
             assert digests == want["raw_uint8_sha256_per_frame"], mode
+        if want["kwargs"] or backend != "decord":
+            continue
+        # The raw arrays belong to the mode without arguments.
+        for key, array in arrays.items():
+            if key.startswith("raw_"):
+                frame_HWC = frames_THWC[0 if "first" in key else -1]
+                stride = int(key.rpartition("downsampled")[2])
+                np.testing.assert_array_equal(frame_HWC[::stride, ::stride], array, err_msg=key)
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_pixel_values_of_every_recorded_mode(backend):
-    if backend == "decord":
-        pytest.importorskip("decord")
     media = load_json("media.json")
     path = find(media["video"])
     recorded = {**load_arrays("media_video.npz"), **load_arrays("media_video_fps.npz")}
     for mode, want in media["modes"].items():
-        arrays = {key: array for key, array in recorded.items() if key.startswith(f"{mode}_")}
         crop = Crop(size=want["shape_CTHW"][-1])
         frames_THWC = decode.frames(path, sampling_of(want["kwargs"]), backend=backend, crop=crop).frames_THWC
-        pixels = normalize(frames_THWC, **image_statistics(media))
-        np.testing.assert_allclose(pixels.mean((1, 2, 3)), want["per_frame_mean"], atol=1e-4, err_msg=mode)
-        for key, array in arrays.items():
+        pixels = normalize(frames_THWC, **statistics_of(clip_config(media)))
+        num_frames, num_colours, *size = pixels.shape
+        assert [num_colours, num_frames, *size] == want["shape_CTHW"]
+        assert f"torch.{pixels.dtype}" == want["dtype"]
+        exact = pixels.astype(np.float64)
+        for name, ours in (("mean", exact.mean((0, 2, 3))), ("per_frame_mean", exact.mean((1, 2, 3)))):
+            np.testing.assert_allclose(ours, want[name], rtol=0, atol=STATISTICS_TOLERANCE, err_msg=f"{mode} {name}")
+        np.testing.assert_allclose(exact.std((0, 2, 3), ddof=1), want["std"], rtol=0, atol=STATISTICS_TOLERANCE)
+        assert exact.sum() / exact.size == pytest.approx(want["sum"] / exact.size, abs=STATISTICS_TOLERANCE)
+        for key, array in recorded.items():
+            if not key.startswith(f"{mode}_"):
+                continue
             if key.endswith("first_frame_float32"):
-                np.testing.assert_allclose(pixels[0], array, atol=FLOAT32_TOLERANCE, err_msg=key)
+                np.testing.assert_allclose(pixels[0], array, rtol=0, atol=FLOAT32_TOLERANCE, err_msg=key)
             else:
-                stride = int(key.rpartition("stride")[2]) if "stride" in key else 1
-                ours = pixels[:, :, ::stride, ::stride]
-                np.testing.assert_allclose(ours, array.astype(np.float32), atol=STORED_TOLERANCE, err_msg=key)
+                ours = thinned(pixels, key, array)
+                np.testing.assert_allclose(ours, array.astype(np.float32), rtol=0, atol=STORED_TOLERANCE, err_msg=key)
 
 
-def test_pixel_values_of_the_image():
+def test_pixel_values_of_the_image_by_every_processor():
     media = load_json("media.json")
-    recorded = load_arrays("media_image.npz")
-    video = decode.frames(find(media["image"]["file"]), FrameSampling())
-    assert list(video.frames_THWC.shape[2:0:-1]) == media["image"]["size_wh"]
-    pixels = normalize(resize_and_crop(video.frames_THWC, image_crop(media)), **image_statistics(media))
-    np.testing.assert_allclose(pixels, recorded["clip_pixel_values"].astype(np.float32), atol=STORED_TOLERANCE)
+    image, recorded = media["image"], load_arrays("media_image.npz")
+    path = find(image["file"])
+    whole = decode.frames(path, FrameSampling()).frames_THWC
+    assert list(whole.shape[2:0:-1]) == image["size_wh"]
+    for name, want in image["processors"].items():
+        config = want.get("config", clip_config(media))
+        crop = Crop(resample="bicubic", fit="keep") if "shortest_edge" in want else crop_of(config)
+        frames_THWC = decode.frames(path, FrameSampling(), crop=crop).frames_THWC
+        pixels = normalize(frames_THWC, **statistics_of(config))
+        assert list(pixels.shape) == want["shape"], name
+        if "shortest_edge" in want:
+            height, width = pixels.shape[2:]
+            assert min(height, width) == want["shortest_edge"]
+            assert (height // UPSTREAM_PATCH) * (width // UPSTREAM_PATCH) == want["cur_token_len"]
+        if "mean" in want:
+            assert pixels.mean(dtype=np.float64) == pytest.approx(want["mean"], abs=STATISTICS_TOLERANCE), name
+        array = recorded.get(f"{name}_pixel_values")
+        if array is not None:
+            np.testing.assert_allclose(pixels, array.astype(np.float32), rtol=0, atol=STORED_TOLERANCE, err_msg=name)
 
 
-def test_pixel_values_of_the_folder_of_frames():
+def test_pixel_values_of_the_folder_of_frames_in_the_recorded_order(monkeypatch):
     media = load_json("media.json")
     folder = media.get("frames_folder")
-    recorded = load_arrays("media_image.npz").get("frames_folder_pixel_values_stride4")
-    if folder is None or recorded is None:
+    if folder is None:
         pytest.skip("this set records no folder of frames")
-    # The original takes the files as the directory lists them, ours by name: the recorded order is followed here.
-    indices = np.linspace(0, len(folder["listing"]) - 1, folder["fixed_frame_number"]).astype(int)
-    crop = image_crop(media)
-    frames = [
-        decode.frames(find(folder["listing"][index]), FrameSampling(), crop=crop).frames_THWC[0] for index in indices
-    ]
-    pixels = normalize(np.stack(frames), **image_statistics(media))
-    ours = pixels[:, :, ::4, ::4] if recorded.shape[0] == len(frames) else pixels.transpose(1, 0, 2, 3)[:, :, ::4, ::4]
-    np.testing.assert_allclose(ours, recorded.astype(np.float32), atol=STORED_TOLERANCE)
+    listing = [find(name) for name in folder["listing"]]
+    sampling = FrameSampling(num_frames=folder["fixed_frame_number"], folder_order="directory")
+    # What this file system would list is another order; the recorded one was the original's.
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listing))
+    crop = crop_of(clip_config(media))
+    pixels = normalize(
+        decode.frames(listing[0].parent, sampling, crop=crop).frames_THWC, **statistics_of(clip_config(media))
+    )
+    num_frames, num_colours, *size = pixels.shape
+    assert [num_colours, num_frames, *size] == folder["shape_CTHW"]
+    for key, array in load_arrays("media_image.npz").items():
+        if key.startswith("frames_folder_pixel_values"):
+            ours = thinned(pixels, key, array)
+            np.testing.assert_allclose(ours, array.astype(np.float32), rtol=0, atol=STORED_TOLERANCE, err_msg=key)
 
 
 def test_a_folder_of_frames_is_sorted_by_name():
