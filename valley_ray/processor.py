@@ -60,11 +60,16 @@ class ProcessorConfig(Config):
     max_length: int = Field(default=2048, ge=1)
     """Tokens that the language model takes."""
 
-    def media_plan(self, kind: MediaKind, sampling: FrameSampling | None = None) -> tuple[FrameSampling, Crop]:
-        """How one piece of media is read: a video as `sampling` (None: this one's own) says, an image as one frame."""
+    def media_plan(
+        self, kind: MediaKind, sampling: FrameSampling | None = None, *, is_folder: bool = False
+    ) -> tuple[FrameSampling, Crop]:
+        """How one piece of media is read: a video as `sampling` (None: this one's own) says, an image as one frame.
+
+        A video that is a folder of frames is prepared like images, as upstream does.
+        """
         if kind == "image":
             return FrameSampling(num_frames=1), self.image_crop
-        return sampling or self.sampling, self.video_crop
+        return sampling or self.sampling, self.image_crop if is_folder else self.video_crop
 
 
 def read_processor_config(folder: str | PathLike[str]) -> ProcessorConfig:
