@@ -52,6 +52,15 @@ class ValleyCore(PreTrainedModel):
         self._can_limit_logits = "logits_to_keep" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
 
+    def use_splice(self, name: str) -> None:
+        """Change the rule by which visual tokens meet their placeholders; it is saved with the model.
+
+        Raises:
+            CheckpointError: there is no rule `name`.
+        """
+        self.config.splice = name
+        self._splice = build_splice(self.config)
+
     def get_input_embeddings(self) -> nn.Module:
         """The language model's input embedding."""
         embeddings: nn.Module = self.language_model.get_input_embeddings()

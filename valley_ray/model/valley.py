@@ -25,7 +25,7 @@ from valley_ray.model.backbones import add_tokens, embedding_dtype, grow_embeddi
 from valley_ray.model.checkpoint import load_folder
 from valley_ray.model.config import ValleyConfig
 from valley_ray.model.core import Features, ValleyCore
-from valley_ray.model.vision import build_tower, extract_features, vision_half
+from valley_ray.model.vision import build_tower, check_pixels, extract_features, vision_half
 
 
 class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -63,14 +63,16 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         vision_layer: int = -2,
         pooling: str = "mean",
+        splice: str = "strict",
     ) -> Self:
         """Put a pretrained tower and causal language model together: what stage 1 starts from.
 
         The modules are taken in, not copied (a CLIPModel gives its vision half); `tokenizer` gets the seven added
-        tokens and the token tables their rows (parity note 22); the projector is random.
+        tokens and the token tables their rows (parity note 22); projector and pooling are random. `open_backbones`
+        opens the three by name or folder.
 
         Raises:
-            CheckpointError: an unknown pooling, or a language model without a head.
+            CheckpointError: an unknown pooling or splice, or a language model without a head.
         """
         ids = add_tokens(tokenizer)
         grow_embeddings(language_model, ids, num_tokens=len(tokenizer))
@@ -80,10 +82,13 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_config=tower.config.to_dict(),
             vision_layer=vision_layer,
             pooling=pooling,
+            splice=splice,
             **ids,
         )
         model = cls(config, vision_tower=tower, language_model=language_model)
-        model.core.mm_projector.to(embedding_dtype(language_model))
+        dtype = embedding_dtype(language_model)
+        model.core.mm_projector.to(dtype)
+        model.core.pooling.to(dtype)
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -93,10 +98,13 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, splice: str | None = None, **kwargs: Any
+    ) -> Self:
         """Open a model folder, ours or one of the original's released layout (mean pooling).
 
-        Arguments as transformers' `from_pretrained` (dtype, device_map, attn_implementation).
+        `splice` replaces the rule in config.json; other arguments as transformers' `from_pretrained` (dtype,
+        device_map, attn_implementation).
 
         Raises:
             CheckpointError: no such folder, a damaged file, or a missing, unexpected or odd-shaped weight.
@@ -104,6 +112,8 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         load = partial(super().from_pretrained, **kwargs)
         model: Self = load_folder(load, Path(pretrained_model_name_or_path))
         model.vision_tower.requires_grad_(False)
+        if splice is not None:
+            model.core.use_splice(splice)
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -126,7 +136,12 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features [N, 1 + P, Dv] of float `pixel_values` [N, 3, S, S] (normalised), frame token first; no gradient."""
+        """Features [N, 1 + P, Dv] of float `pixel_values` [N, 3, S, S] (normalised), frame token first; no gradient.
+
+        Raises:
+            MediaError: pixels of another shape, or rounded more coarsely than the tower computes.
+        """
+        check_pixels(pixel_values, image_size=self.config.image_size, tower_dtype=self.vision_tower.dtype)
         self.vision_tower.eval()
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         return extract_features(
@@ -134,7 +149,9 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def encode_clips(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Features of several clips ([T, 3, S, S] each, T may differ) by one pass of the tower."""
+        """Features of several clips ([T, 3, S, S] each, T may differ) by one pass of the tower; errors as above."""
+        for clip in pixel_values:
+            check_pixels(clip, image_size=self.config.image_size, tower_dtype=self.vision_tower.dtype)
         features = self.encode_frames(torch.cat(list(pixel_values)))
         return list(features.split([len(clip) for clip in pixel_values]))
 

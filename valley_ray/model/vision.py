@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from valley_ray.errors import CheckpointError
+from valley_ray.errors import CheckpointError, MediaError
 
 
 def build_tower(config: PreTrainedConfig) -> nn.Module:
@@ -27,6 +27,28 @@ def vision_half(model: nn.Module) -> nn.Module:
 def tower_width(config: Any) -> int:
     """Dv."""
     return int(config.hidden_size)
+
+
+def check_pixels(pixel_values: torch.Tensor, *, image_size: int, tower_dtype: torch.dtype) -> None:
+    """Refuse pixels that are not float [T, 3, S, S], or of a coarser dtype than the tower's; finer ones are cast down.
+
+    Coarse pixels in a fine tower are refused because the loss has happened already and nothing else would tell.
+
+    Raises:
+        MediaError: naming shape or dtype and what to give instead.
+    """
+    expected = (3, image_size, image_size)
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected or not len(pixel_values):
+        raise MediaError(
+            f"expected pixel values [T, {', '.join(map(str, expected))}] with T frames (1 for an image), got "
+            f"{list(pixel_values.shape)}; leave rows without media out"
+        )
+    dtype = pixel_values.dtype
+    if not dtype.is_floating_point or torch.finfo(dtype).eps > torch.finfo(tower_dtype).eps:
+        raise MediaError(
+            f"pixel values are {dtype} but the tower computes in {tower_dtype}; give float32 pixel values, as the "
+            f"processor makes them, or open the model with dtype={dtype}"
+        )
 
 
 def extract_features(tower: nn.Module, pixel_values: torch.Tensor, *, layer: int, num_patches: int) -> torch.Tensor:
