@@ -1,29 +1,38 @@
 """Opens model folders strictly: every weight comes from the files, or a CheckpointError names what does not fit.
 
-Two layouts: ours (written by save_pretrained: safetensors) and that of the original's released checkpoints (LLaMA's
-keys with the tower and projector inside `model.`, pickled shards). The map between their keys lives only here.
+Layouts: ours (written by save_pretrained), that of the original's released checkpoints (LLaMA's keys with the tower
+and projector inside `model.`), the original's LoRA folders (both in one) and adapter folders on a base of either
+layout. The map between their keys lives only here.
 """
 
-import json
-import pickle
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from valley_ray.errors import CheckpointError
+from valley_ray.model.adapter_files import merge_adapter, read_adapter, split_adapter
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
+from valley_ray.model.folders import base_folder, read_json
+from valley_ray.model.towers import read_tower
+from valley_ray.model.weight_files import find_files, listed, read_weights
 
-MAX_NAMES = 5
-"""Weight names listed in an error before the rest is only counted."""
+__all__ = ["base_folder", "load_folder", "our_name", "their_name"]
+
+logger = logging.getLogger(__name__)
 
 UPSTREAM_PREFIXES = (
     ("model.vision_tower.vision_model.", "vision_tower."),
     ("model.mm_projector.", "core.mm_projector."),
+    ("model.pooling_layer.", "core.pooling.score."),
+    ("model.transformer_delta_encoder.", "core.pooling.encoder."),
+    ("model.position_matrix", "core.pooling.position_encoding"),
     ("model.", "core.language_model.model."),
     ("lm_head.", "core.language_model.lm_head."),
 )
@@ -32,47 +41,120 @@ UPSTREAM_PREFIXES = (
 UPSTREAM_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 """Buffers in upstream's files that are computed today."""
 
+DEAD_LAYER = "model.transforemr_adding_layer."
+"""Upstream's delta encoder runs a deep copy of this layer; the layer itself is never run."""
 
-def load_folder(load: Callable[..., Any], folder: Path) -> Any:
-    """Open `folder` by `load`, transformers' from_pretrained with the caller's options; either layout.
+POOLING_SWITCHES = {"use_patch_importance_pooling": "importance", "use_delta_transformer": "delta"}
+"""Upstream's switches in config.json and our names of the poolings; mean where none is on."""
+
+UPSTREAM_VISION_LAYER = -1
+"""Where config.json lacks mm_vision_select_layer (valley/model/valley.py); released checkpoints say -2."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a folder says, in our names."""
+
+    config: ValleyConfig
+    state: dict[str, torch.Tensor]
+    generation_config: GenerationConfig
+
+
+def load_folder(load: Callable[..., Any], folder: Path, *, allow_bin: bool = True, base: Path | None = None) -> Any:
+    """Open `folder` by `load`, transformers' from_pretrained with the caller's options; any layout.
+
+    `allow_bin` off refuses pickled weights. `base` is the folder under an adapter, or the one that has the tokenizer
+    of a LoRA folder, where the name in adapter_config.json is out of reach.
 
     Raises:
         CheckpointError: no such folder or file, a damaged file, or a missing, unexpected or odd-shaped weight.
     """
-    values = _read_config(folder)
-    if "mm_vision_tower" not in values:
-        _check_config(values, folder / "config.json")
-        _check_weight_files(folder)
-        return _load_strictly(partial(load, folder), folder, use_safetensors=True)
-    state = {
-        name: tensor
-        for file in _upstream_files(folder)
-        for name, tensor in _read_pickle(file).items()
-        if not name.endswith(UPSTREAM_BUFFERS)
-    }
-    state = {_our_name(name): tensor for name, tensor in state.items()}
-    config = _upstream_config(values, folder)
-    model = _load_strictly(partial(load, None), folder, config=config, state_dict=state)
-    model.generation_config = GenerationConfig(
-        **{name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    )
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder} does not exist; give a folder written by save_pretrained")
+    if _is_plain(folder):
+        _read_our_config(folder)
+        files = find_files(folder, {".safetensors": "model"})
+        return _load_strictly(partial(load, folder), folder, files, use_safetensors=True)
+    opened = _open(folder, allow_bin=allow_bin, base=base)
+    files = find_files(folder) if (folder / "config.json").is_file() else [folder / "adapter_config.json"]
+    model = _load_strictly(partial(load, None), folder, files, config=opened.config, state_dict=opened.state)
+    model.generation_config = opened.generation_config
+    model.config._name_or_path = str(folder)
     return model
+
+
+def our_name(name: str) -> str:
+    """Our name of an upstream weight."""
+    return _renamed(name, UPSTREAM_PREFIXES)
+
+
+def their_name(name: str) -> str:
+    """Upstream's name of one of our weights."""
+    return _renamed(name, [(ours, theirs) for theirs, ours in UPSTREAM_PREFIXES])
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether the folder is of our layout, without an adapter."""
+    if (folder / "adapter_config.json").is_file():
+        return False
+    return "mm_vision_tower" not in _read_config(folder)
+
+
+def _open(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opened:
+    if not (folder / "config.json").is_file():
+        return _open_adapter(folder, allow_bin=allow_bin, base=base)
+    values = _read_config(folder)
+    state = read_weights(find_files(folder, allow_bin=allow_bin))
+    if "mm_vision_tower" not in values:
+        return _Opened(_read_our_config(folder), state, _generation_config(folder))
+    state = {
+        our_name(name): tensor
+        for name, tensor in state.items()
+        if not name.endswith(UPSTREAM_BUFFERS) and not name.startswith(DEAD_LAYER)
+    }
+    if (folder / "adapter_config.json").is_file():
+        state, pairs = split_adapter(state)
+        state = merge_adapter(state, read_adapter(folder, pairs or None, allow_bin=allow_bin))
+    ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return _Opened(_upstream_config(values, folder, base), state, GenerationConfig(**ids))
+
+
+def _open_adapter(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opened:
+    """An adapter folder merged into its base."""
+    base = base or base_folder(folder)
+    if base is None:
+        named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: the base model {named!r} is out of reach; put its folder under the "
+            "working directory or beside the adapter, or give base"
+        )
+    if base.resolve() == folder.resolve():
+        raise CheckpointError(f"{folder} names itself as its base; give the base model's folder as base")
+    opened = _open(base, allow_bin=allow_bin, base=None)
+    return replace(opened, state=merge_adapter(opened.state, read_adapter(folder, allow_bin=allow_bin)))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Valley model of either layout."""
-    if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist; give a folder written by save_pretrained")
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("model_type") != "valley":
         came = config.get("model_type")
         raise CheckpointError(f"{path}: expected model_type 'valley', got {came!r}; this is no Valley model folder")
     return config
 
 
-def _check_config(values: dict[str, Any], path: Path) -> None:
+def _read_our_config(folder: Path) -> ValleyConfig:
     """Without a part's configuration its default would be built, which is a LLaMA of 7 billion random weights."""
+    path = folder / "config.json"
+    values = _read_config(folder)
     absent = [name for name in ("text_config", "vision_config") if not isinstance(values.get(name), dict)]
     if absent:
         raise CheckpointError(f"{path}: expected a mapping under {' and '.join(absent)}; copy the file again")
@@ -82,130 +164,80 @@ def _check_config(values: dict[str, Any], path: Path) -> None:
         raise
     except Exception as error:  # transformers raises whatever an odd value leads to
         raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())}); copy it again") from error
+    _check_vision_layer(config, path)
+    return config  # type: ignore[no-any-return]
+
+
+def _check_vision_layer(config: Any, path: Path) -> None:
     num_layers = config.vision_config.num_hidden_layers
     if not -num_layers - 1 <= config.vision_layer <= num_layers:
         raise CheckpointError(f"{path}: vision_layer={config.vision_layer} of a tower with {num_layers} layers")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no {path.name}; give a folder written by save_pretrained")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
-    return values
+def _generation_config(folder: Path) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    return GenerationConfig.from_dict(read_json(path)) if path.is_file() else GenerationConfig()
 
 
-def _load_strictly(load: Callable[..., Any], folder: Path, **kwargs: Any) -> Any:
-    """Call `load`; refuse a missing, extra or odd-shaped weight, naming `folder`."""
+def _load_strictly(load: Callable[..., Any], folder: Path, files: list[Path], **kwargs: Any) -> Any:
+    """Call `load`; refuse a missing, extra or odd-shaped weight, naming `folder` and its weight `files`."""
     try:
         model, info = load(ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: a weight file is damaged ({error}); copy it again") from error
+    is_ours = "state_dict" not in kwargs
+    named = (lambda name: name) if is_ours else their_name
     problems = [
-        *_listed("missing", info["missing_keys"]),
-        *_listed("unexpected", info["unexpected_keys"]),
-        *_listed("of another shape", [_mismatch(entry) for entry in info["mismatched_keys"]]),
+        *listed("missing", map(named, info["missing_keys"])),
+        *listed("unexpected", map(named, info["unexpected_keys"])),
+        *listed("of another shape", [_mismatch(named(entry[0]), entry) for entry in info["mismatched_keys"]]),
     ]
     if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}; the weight files do not fit config.json")
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}; the weight files ({names}) do not fit config.json")
     return model
 
 
-def _check_weight_files(folder: Path) -> None:
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.is_file():
-        _shards_of_index(index_path)
-    elif not (folder / "model.safetensors").is_file():
-        raise CheckpointError(f"{folder} has no model.safetensors; give a folder written by save_pretrained")
+def _mismatch(name: str, entry: Any) -> str:
+    _, came, expected = entry
+    return f"{name} (expected {list(expected)}, got {list(came)})"
 
 
-def _upstream_files(folder: Path) -> list[Path]:
-    index_path = folder / "pytorch_model.bin.index.json"
-    if index_path.is_file():
-        return _shards_of_index(index_path)
-    path = folder / "pytorch_model.bin"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has neither {index_path.name} nor {path.name}; copy the weight files too")
-    return [path]
-
-
-def _shards_of_index(index_path: Path) -> list[Path]:
-    """Weight files that an index names; raises CheckpointError where one is absent."""
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index_path} has no weight_map; copy it again")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index_path}: expected file names in weight_map; copy it again")
-    shards = [index_path.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index_path.parent} lacks weight files named by {index_path.name}: {', '.join(missing)}; copy them too"
-        )
-    return shards
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin file, mapped rather than read; nothing but tensors is unpickled."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and is not opened, since that could run code") from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is no PyTorch weight file or is damaged; copy it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a mapping of names to tensors")
-    return state
-
-
-def _our_name(name: str) -> str:
-    for theirs, ours in UPSTREAM_PREFIXES:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
-def _upstream_config(values: dict[str, Any], folder: Path) -> ValleyConfig:
+def _upstream_config(values: dict[str, Any], folder: Path, base: Path | None) -> ValleyConfig:
     """Our configuration from the original's flat one, its tower's and the ids of its added tokens."""
-    for switch in ("use_patch_importance_pooling", "use_delta_transformer"):
-        if values.get(switch):
-            raise CheckpointError(f"{folder / 'config.json'}: {switch} is not supported yet; mean pooling is")
-    added = _read_json(folder / "added_tokens.json")
+    path = folder / "config.json"
+    poolings = [name for switch, name in POOLING_SWITCHES.items() if values.get(switch)]
+    if len(poolings) > 1:
+        raise CheckpointError(f"{path}: {' and '.join(POOLING_SWITCHES)} are both true; switch one of them off")
+    added = _added_tokens(folder, base)
+    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    known -= {"model_type", "transformers_version", "architectures", "dtype", "_name_or_path"}
+    try:
+        config = ValleyConfig(
+            text_config=LlamaConfig(**{name: value for name, value in values.items() if name in known}),
+            vision_config=read_tower(folder).config,
+            vision_layer=values.get("mm_vision_select_layer", UPSTREAM_VISION_LAYER),
+            pooling=poolings[0] if poolings else "mean",
+            **{field: added[token] for token, field in ID_FIELD_OF_TOKEN.items()},
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever an odd value leads to
+        raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())}); copy it again") from error
+    _check_vision_layer(config, path)
+    return config
+
+
+def _added_tokens(folder: Path, base: Path | None) -> dict[str, Any]:
+    """Ids of the seven added tokens; a LoRA folder as the original writes it has them in its base."""
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        base = base or base_folder(folder)
+        path = base / path.name if base is not None else path
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no added_tokens.json; copy the tokenizer's files, or give base")
+    added = read_json(path)
     missing = [token for token in ID_FIELD_OF_TOKEN if token not in added]
     if missing:
-        raise CheckpointError(f"{folder / 'added_tokens.json'} lacks {', '.join(missing)}; copy the tokenizer's files")
-    known = LlamaConfig().to_dict().keys() - {"model_type", "transformers_version", "architectures", "dtype"}
-    return ValleyConfig(
-        text_config=LlamaConfig(**{name: value for name, value in values.items() if name in known}),
-        vision_config=_tower_config(values["mm_vision_tower"]),
-        vision_layer=values.get("mm_vision_select_layer", -2),
-        **{field: added[token] for token, field in ID_FIELD_OF_TOKEN.items()},
-    )
-
-
-def _tower_config(name: str) -> PreTrainedConfig:
-    """Configuration of the tower that a checkpoint names: a folder under the working directory, else a hub name."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the checkpoint's vision tower {name!r} is out of reach; put its folder under the working directory"
-        ) from error
-    return getattr(config, "vision_config", config)
-
-
-def _listed(what: str, names: Any) -> list[str]:
-    ordered = sorted(names)
-    if not ordered:
-        return []
-    more = f" and {len(ordered) - MAX_NAMES} more" if len(ordered) > MAX_NAMES else ""
-    return [f"{len(ordered)} weights {what}: {', '.join(ordered[:MAX_NAMES])}{more}"]
-
-
-def _mismatch(entry: Any) -> str:
-    name, came, expected = entry
-    return f"{name} (expected {list(expected)}, got {list(came)})"
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy the tokenizer's files")
+    return added

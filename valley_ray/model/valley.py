@@ -99,18 +99,29 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, splice: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        splice: str | None = None,
+        allow_bin: bool = True,
+        base: str | Path | None = None,
+        **kwargs: Any,
     ) -> Self:
-        """Open a model folder, ours or one of the original's released layout (mean pooling).
+        """Open a model folder: ours, one of the original's released layout, or an adapter folder on its base.
 
-        `splice` replaces the rule in config.json; other arguments as transformers' `from_pretrained` (dtype,
-        device_map, attn_implementation).
+        Args:
+            pretrained_model_name_or_path: the folder.
+            splice: replaces the rule in config.json.
+            allow_bin: False refuses pickled weights (`.bin`), which are otherwise opened without running code.
+            base: folder under an adapter, where the one that it names is out of reach.
+            kwargs: as transformers' `from_pretrained` (dtype, device_map, attn_implementation).
 
         Raises:
             CheckpointError: no such folder, a damaged file, or a missing, unexpected or odd-shaped weight.
         """
         load = partial(super().from_pretrained, **kwargs)
-        model: Self = load_folder(load, Path(pretrained_model_name_or_path))
+        base = None if base is None else Path(base)
+        model: Self = load_folder(load, Path(pretrained_model_name_or_path), allow_bin=allow_bin, base=base)
         model.vision_tower.requires_grad_(False)
         if splice is not None:
             model.core.use_splice(splice)

@@ -59,13 +59,13 @@ def test_partial_and_damaged_checkpoints_are_named(upstream_folder: Path) -> Non
     weights = upstream_folder / "pytorch_model.bin"
     state = torch.load(weights)
     torch.save({name: value for name, value in state.items() if name != "lm_head.weight"}, weights)
-    with pytest.raises(CheckpointError, match=r"1 weights missing: core\.language_model\.lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 weights missing: lm_head\.weight"):
         ValleyForConditionalGeneration.from_pretrained(upstream_folder)
     weights.write_bytes(b"not a weight file")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         ValleyForConditionalGeneration.from_pretrained(upstream_folder)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="neither"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors and no pytorch_model\.bin"):
         ValleyForConditionalGeneration.from_pretrained(upstream_folder)
     index = {"weight_map": {"lm_head.weight": "pytorch_model-00001-of-00002.bin"}}
     (upstream_folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
