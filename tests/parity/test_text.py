@@ -1,5 +1,6 @@
 """Prompts, token ids and labels against those that the original recorded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from parity_set import ROOT, expand_ids, expand_labels, load_json, require_set
 
-from valley_ray.chat import upstream
+from valley_ray.chat import Encoded, upstream
 from valley_ray.chat.conversation import Conversation, from_valley_record
 from valley_ray.chat.sentencepiece import SentencePieceTokenizer
 from valley_ray.chat.templates import SYSTEM_PROMPTS
 from valley_ray.chat.tokens import IM_PATCH, tokenize
+from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
 TEXT_FILES = {"text.json": None, "text_llama_like_hashes.json": "tokenizers/llama-like-hashes"}
 
@@ -33,65 +35,93 @@ def tokenizer_folder(named: str | None) -> Path:
 
 
 def test_training_prompts_ids_and_labels_equal_the_recorded_ones() -> None:
-    for file, named in text_files():
-        recorded = load_json(file)
-        tokenizer = SentencePieceTokenizer(tokenizer_folder(named))
-        records = {record["id"]: record for record in load_json("text.json")["records"]}
+    for file, tokenizer, recorded, records in text_sets():
         num_patches = patches_of(recorded["cases"], tokenizer)
         for case in recorded["cases"]:
             context = f"{file} {case['id']} {case['conv_mode']} {case['model_max_length']}"
             conversation = from_valley_record(records[case["id"]])
-            options = {
-                "system_prompt": SYSTEM_PROMPTS[case["conv_mode"]],
-                "num_patches": num_patches,
-                "num_frames": frames_of(case, records[case["id"]], conversation),
-            }
+            num_frames = frames_of(case, records[case["id"]], conversation)
+            processor = make_processor(
+                tokenizer,
+                num_patches=num_patches,
+                system_prompt=SYSTEM_PROMPTS[case["conv_mode"]],
+                max_length=case["model_max_length"],
+            )
             if "prompt" in case:
-                assert upstream.training_text(conversation, **options) == case["prompt"], context
-            for name, mask_system_only in (("", False), ("_only_mask_system", True)):
-                if f"kept_label_spans{name}" not in case:
-                    continue
-                encoded = upstream.encode_training(
-                    tokenizer,
-                    conversation,
-                    **options,
-                    max_length=case["model_max_length"],
-                    mask_system_only=mask_system_only,
-                )
-                ids = expand_ids(case["input_ids_rle"])
-                assert encoded.input_ids.tolist() == ids, context
-                labels = expand_labels(ids, case[f"kept_label_spans{name}"])
-                np.testing.assert_array_equal(encoded.labels, labels, err_msg=context)
+                text = upstream.training_text(conversation, processor.prompt_options(num_frames))
+                assert text == case["prompt"], context
+            assert_encoded(processor.encode_training(conversation, num_frames), case, context)
+            if "kept_label_spans_only_mask_system" in case:
+                learns_users = with_switch(processor, only_mask_system=True)
+                encoded = learns_users.encode_training(conversation, num_frames)
+                assert_encoded(encoded, case, context, spans="kept_label_spans_only_mask_system")
 
 
 def test_another_begin_token_gives_the_recorded_ids() -> None:
-    for file, named in text_files():
-        recorded = load_json(file)
-        tokenizer = SentencePieceTokenizer(tokenizer_folder(named))
-        records = {record["id"]: record for record in load_json("text.json")["records"]}
-        num_patches = patches_of(recorded["cases"], tokenizer)
+    for file, tokenizer, recorded, records in text_sets():
+        processor = make_processor(tokenizer, num_patches=patches_of(recorded["cases"], tokenizer))
         for case in recorded.get("llama_in_path_quirk", []):
             conversation = from_valley_record(records[case["id"]])
-            ids = expand_ids(case["input_ids_rle"])
-            encoded = upstream.encode_training(
-                tokenizer,
-                conversation,
-                system_prompt=SYSTEM_PROMPTS["v1"],
-                num_patches=num_patches,
-                num_frames=frames_of(case, records[case["id"]], conversation),
-                max_length=2048,
-                bos_token_id=case["bos_id"],
+            assert case["bos_id"] == tokenizer.eos_token_id, "the original takes the end token"
+            encoded = with_switch(processor, bos_token="eos").encode_training(
+                conversation, frames_of(case, records[case["id"]], conversation)
             )
-            assert encoded.input_ids.tolist() == ids, case["id"]
-            np.testing.assert_array_equal(encoded.labels, expand_labels(ids, case["kept_label_spans"]), case["id"])
+            assert_encoded(encoded, case, f"{file} {case['id']}")
+
+
+def test_two_records_tokenized_together_give_the_recorded_ids() -> None:
+    """The last header's length counts for all records of a batch: the same here, where a row knows no other row."""
+    for file, tokenizer, recorded, records in text_sets():
+        processor = make_processor(tokenizer, num_patches=patches_of(recorded["cases"], tokenizer))
+        batch = recorded.get("batch_of_two_text_records", [])
+        known = {
+            tuple(processor.encode_training(from_valley_record(record), []).input_ids.tolist()): record
+            for record in records.values()
+            if not {"video", "image"} & set(record)
+        }
+        for place, case in enumerate(batch):
+            record = known.get(tuple(expand_ids(case["input_ids_rle"])))
+            assert record is not None, f"{file}: row {place} of the batch is none of the text-only records"
+            assert_encoded(processor.encode_training(from_valley_record(record), []), case, f"{file} row {place}")
 
 
 def test_tokenizer_probes_give_the_ids_and_texts_of_the_slow_tokenizer() -> None:
-    for file, named in text_files():
-        tokenizer = SentencePieceTokenizer(tokenizer_folder(named))
-        for probe in load_json(file).get("tokenizer_probes", []):
+    for _, tokenizer, recorded, _ in text_sets():
+        for probe in recorded.get("tokenizer_probes", []):
             ids = tokenize(tokenizer, probe["text"], bos_token_id=tokenizer.bos_token_id)
             assert ids == probe["slow"], probe["text"]
+            assert tokenizer.decode(ids, skip_special_tokens=True) == probe["slow_decode"], probe["text"]
+
+
+def text_sets() -> Iterator[tuple[str, SentencePieceTokenizer, dict[str, Any], dict[str, dict[str, Any]]]]:
+    """Each text file with its tokenizer, its content and the records by id."""
+    for file, named in text_files():
+        recorded = load_json(file)
+        records = recorded.get("records") or load_json("text.json")["records"]
+        yield (
+            file,
+            SentencePieceTokenizer(tokenizer_folder(named)),
+            recorded,
+            {record["id"]: record for record in records},
+        )
+
+
+def make_processor(tokenizer: SentencePieceTokenizer, **settings: Any) -> ValleyProcessor:
+    """A processor of the original's training style."""
+    return ValleyProcessor(tokenizer, ProcessorConfig(prompt_style="upstream-train", **settings))
+
+
+def with_switch(processor: ValleyProcessor, **switch: Any) -> ValleyProcessor:
+    """The same processor with one setting changed."""
+    return ValleyProcessor(processor.tokenizer, processor.config.model_copy(update=switch))
+
+
+def assert_encoded(encoded: Encoded, case: dict[str, Any], context: str, spans: str = "kept_label_spans") -> None:
+    """Ids and labels of `encoded` are the recorded ones."""
+    ids = expand_ids(case["input_ids_rle"])
+    assert encoded.input_ids.tolist() == ids, context
+    assert case.get("length", len(ids)) == len(ids), context
+    np.testing.assert_array_equal(encoded.labels, expand_labels(ids, case[spans]), err_msg=f"{context} {spans}")
 
 
 def frames_of(case: dict[str, Any], record: dict[str, Any], conversation: Conversation) -> list[int]:

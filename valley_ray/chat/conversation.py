@@ -23,6 +23,8 @@ _ROLE_OF_SPEAKER: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_NO_QUESTION = "the question is empty; ask something, for example 'What is moving?'"
+
 _KIND_OF_PART: dict[str, MediaKind] = {"video_url": "video", "image_url": "image"}
 
 
@@ -99,20 +101,52 @@ def from_openai(messages: Sequence[Mapping[str, Any]]) -> tuple[Conversation, li
 
     Raises:
         ConversationError: an unknown role or part, media outside a user message, a literal mark, text that is not
-            valid Unicode, no message.
+            valid Unicode, no message, a user message of nothing, or a last one without a question.
     """
     media: list[MediaPart] = []
     read = []
     for message in messages:
-        role = message.get("role")
-        if role not in get_args(Role):
-            raise ConversationError(f"message role must be system, user or assistant, got {_short(role)}")
+        role = _role_of(message)
         content, parts = _read_content(message.get("content"))
         if parts and role != "user":
             raise ConversationError(f"media parts belong in user messages, got one in a message of role {role!r}")
+        if role == "user" and not content.strip():
+            raise ConversationError(_NO_QUESTION)
         media.extend(parts)
-        read.append(Message(cast(Role, role), content))
-    return Conversation(tuple(read)), media
+        read.append(Message(role, content))
+    conversation = Conversation(tuple(read))
+    last = conversation.turns[-1]
+    if last.role == "user" and not MEDIA_MARK.sub("", last.content).strip():
+        raise ConversationError(_NO_QUESTION)
+    return conversation, media
+
+
+def from_marked_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Read the messages of upstream's `completion`: ``{"role", "content"}`` with `<video>` and `<image>` in the text.
+
+    Upstream spells the model's role "assistent"; "assistant" is the same here.
+
+    Raises:
+        ConversationError: an unknown role, content that is no text, no message.
+    """
+    return Conversation(tuple(_marked_message(message) for message in messages))
+
+
+def _role_of(message: Mapping[str, Any]) -> Role:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in get_args(Role):
+        raise ConversationError(f"message role must be system, user or assistant, got {_short(role)}")
+    return cast(Role, role)
+
+
+def _marked_message(message: Mapping[str, Any]) -> Message:
+    if isinstance(message, Mapping) and message.get("role") == "assistent":
+        message = {**message, "role": "assistant"}
+    content = message.get("content") if isinstance(message, Mapping) else None
+    role = _role_of(message)
+    if not isinstance(content, str):
+        raise ConversationError(f"message content must be a text with <video> or <image> in it, got {_short(content)}")
+    return Message(role, content)
 
 
 def _message_of_turn(turn: Any) -> Message:

@@ -6,53 +6,31 @@ that cuts the text after each "### Assistant:", so a prompt is a prefix of its t
 the learned positions (answer and end token) are known without measuring. Knows no torch and no media. L tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from valley_ray.chat.conversation import MEDIA_MARK, Conversation, Message
+from valley_ray.chat.conversation import Conversation, Message
+from valley_ray.chat.style import Encoded, PromptOptions, check_asks, check_counts, fill_media_marks, fitting
 from valley_ray.chat.templates import VALLEY
-from valley_ray.chat.tokens import ADDED_TOKENS, IGNORE_INDEX, Tokenizer, tokenize, visual_block
+from valley_ray.chat.tokens import ADDED_TOKENS, IGNORE_INDEX, Tokenizer, tokenize
 from valley_ray.errors import CheckpointError, ConversationError, PromptTooLongError
 
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One training sequence."""
-
-    input_ids: npt.NDArray[np.int64]
-    """int64 [L]."""
-    labels: npt.NDArray[np.int64]
-    """int64 [L]; the id itself where it is learned, else -100. Not shifted: position i is predicted from i - 1."""
-
-    @property
-    def num_label_tokens(self) -> int:
-        """Positions that are learned."""
-        return int(np.count_nonzero(self.labels != IGNORE_INDEX))
+STOP_STRINGS: tuple[str, ...] = ()
+"""None: answers end with the end token."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Consecutive tokens of one kind."""
+    """Consecutive text of one kind; what is learned ends with the end token, which is not text."""
 
-    ids: tuple[int, ...]
+    text: str
     learned: bool
 
 
-def encode_training(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    *,
-    system_prompt: str,
-    num_patches: int,
-    num_frames: Sequence[int],
-    max_length: int,
-) -> Encoded:
+def encode_training(tokenizer: Tokenizer, conversation: Conversation, options: PromptOptions) -> Encoded:
     """Tokens and labels of a whole conversation; what lies behind `max_length` is cut, as upstream does.
-
-    `num_frames` holds one count per media mark. `system_prompt` is used where the conversation brings none.
 
     Raises:
         ConversationError: no answer to learn from, marks and `num_frames` differ, a mark outside a user turn, or an
@@ -60,12 +38,14 @@ def encode_training(
         PromptTooLongError: the cut falls into or before a visual block, or leaves nothing to learn.
         CheckpointError: the tokenizer has no end token.
     """
-    pieces = list(_pieces(tokenizer, conversation, system_prompt, num_patches, num_frames))
-    input_ids = np.array([token for piece in pieces for token in piece.ids], dtype=np.int64)
-    learned = np.repeat([piece.learned for piece in pieces], [len(piece.ids) for piece in pieces])
+    pieces = list(_pieces(conversation, options))
+    ids = _token_ids(tokenizer, pieces, options)
+    input_ids = np.array([token for piece in ids for token in piece], dtype=np.int64)
+    learned = np.repeat([piece.learned for piece in pieces], [len(piece) for piece in ids])
     if not learned.any():
         raise ConversationError("a training conversation needs an assistant turn to learn from, got none")
     placeholder_ids = [tokenizer.get_added_vocab()[token] for token in ADDED_TOKENS[1:]]
+    max_length = options.max_length
     if len(input_ids) > max_length and (
         np.isin(input_ids[max_length:], placeholder_ids).any() or not learned[:max_length].any()
     ):
@@ -77,15 +57,7 @@ def encode_training(
     return Encoded(input_ids[:max_length], labels[:max_length])
 
 
-def encode_prompt(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    *,
-    system_prompt: str,
-    num_patches: int,
-    num_frames: Sequence[int],
-    max_length: int,
-) -> tuple[int, ...]:
+def encode_prompt(tokenizer: Tokenizer, conversation: Conversation, options: PromptOptions) -> tuple[int, ...]:
     """Tokens up to and including "### Assistant:" after the last turn, which must be the user's.
 
     Exactly the first tokens that `encode_training` gives once the answer is appended.
@@ -93,47 +65,57 @@ def encode_prompt(
     Raises:
         ConversationError: as `encode_training`, or the last turn is not the user's.
         PromptTooLongError: more than `max_length` tokens.
+        CheckpointError: the tokenizer has no end token.
     """
-    if conversation.turns[-1].role != "user":
-        raise ConversationError(f"the last message must be the user's, got role {conversation.turns[-1].role!r}")
-    answered = Conversation((*conversation.messages, Message("assistant", "")))
-    *before, _empty_answer = _pieces(tokenizer, answered, system_prompt, num_patches, num_frames)
-    ids = tuple(token for piece in before for token in piece.ids)
-    if len(ids) > max_length:
-        raise PromptTooLongError(
-            f"the prompt has {len(ids)} tokens but the model takes {max_length}; "
-            "shorten the conversation or send fewer frames"
-        )
-    return ids
+    pieces = _prompt_pieces(conversation, options)
+    return fitting([token for piece in _token_ids(tokenizer, pieces, options) for token in piece], options)
 
 
-def replace_media_marks(text: str, *, num_patches: int, num_frames: Iterator[int]) -> str:
-    """Put a visual block in place of each mark, taking one frame count from `num_frames` per mark."""
-    return MEDIA_MARK.sub(lambda _: visual_block(num_patches=num_patches, num_frames=next(num_frames)), text)
+def prompt_text(conversation: Conversation, options: PromptOptions) -> str:
+    """The prompt as text; the end tokens behind earlier answers are not text."""
+    return "".join(f" {piece.text}" if piece.learned else piece.text for piece in _prompt_pieces(conversation, options))
 
 
-def _pieces(
-    tokenizer: Tokenizer, conversation: Conversation, system_prompt: str, num_patches: int, num_frames: Sequence[int]
-) -> Iterator[_Piece]:
-    """The sequence as alternating not-learned and learned pieces; each answer is a piece of its own, end token last."""
-    _check(conversation, num_frames)
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError("the tokenizer has no end token, by which answers end; set eos_token on the tokenizer")
-    counts = iter(num_frames)
-    system = system_prompt if conversation.system is None else conversation.system
+def clean_answer(text: str) -> str:
+    """Without white space around it."""
+    return text.strip()
+
+
+def _prompt_pieces(conversation: Conversation, options: PromptOptions) -> list[_Piece]:
+    check_asks(conversation)
+    *before, _empty_answer = _pieces(Conversation((*conversation.messages, Message("assistant", ""))), options)
+    return before
+
+
+def _pieces(conversation: Conversation, options: PromptOptions) -> Iterator[_Piece]:
+    """The sequence as alternating not-learned and learned pieces; each answer is a piece of its own."""
+    _check(conversation, options)
+    counts = iter(options.num_frames)
+    system = options.system_prompt if conversation.system is None else conversation.system
     pending = system.strip() + VALLEY.after_system if system.strip() else ""
-    bos_token_id = tokenizer.bos_token_id
     for turn in conversation.turns:
         if turn.role == "user":
-            content = replace_media_marks(turn.content.strip(), num_patches=num_patches, num_frames=counts)
+            content = fill_media_marks(turn.content.strip(), num_patches=options.num_patches, num_frames=counts)
             pending += f"{VALLEY.before_turn}{VALLEY.user}{VALLEY.after_name} {content}{VALLEY.end_of_turn}"
             continue
-        yield _Piece(tuple(tokenize(tokenizer, pending + VALLEY.cue, bos_token_id=bos_token_id)), learned=False)
-        answer = _continuation_ids(tokenizer, turn.content.strip())
-        yield _Piece((*answer, tokenizer.eos_token_id), learned=True)
-        pending, bos_token_id = VALLEY.end_of_turn, None
+        yield _Piece(pending + VALLEY.cue, learned=False)
+        yield _Piece(turn.content.strip(), learned=True)
+        pending = VALLEY.end_of_turn
     if pending != VALLEY.end_of_turn:
-        yield _Piece(tuple(tokenize(tokenizer, pending, bos_token_id=bos_token_id)), learned=False)
+        yield _Piece(pending, learned=False)
+
+
+def _token_ids(tokenizer: Tokenizer, pieces: list[_Piece], options: PromptOptions) -> list[list[int]]:
+    """Ids of each piece: the begin token in front of the first, the end token behind each answer."""
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError("the tokenizer has no end token, by which answers end; set eos_token on the tokenizer")
+    bos_token_ids = [options.bos_token_id(tokenizer), *[None] * len(pieces)]
+    return [
+        [*_continuation_ids(tokenizer, piece.text), tokenizer.eos_token_id]
+        if piece.learned
+        else tokenize(tokenizer, piece.text, bos_token_id=bos_token_id)
+        for piece, bos_token_id in zip(pieces, bos_token_ids, strict=False)
+    ]
 
 
 def _continuation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -149,12 +131,8 @@ def _continuation_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text if has_own_space else f" {text}", add_special_tokens=False)
 
 
-def _check(conversation: Conversation, num_frames: Sequence[int]) -> None:
-    if conversation.num_media != len(num_frames):
-        raise ConversationError(
-            f"the conversation has {conversation.num_media} <video>/<image> marks but {len(num_frames)} pieces of "
-            "media came; write one mark per piece, in order"
-        )
+def _check(conversation: Conversation, options: PromptOptions) -> None:
+    check_counts(conversation.num_media, options)
     for message in conversation.messages:
         if message.role != "user" and message.num_media:
             raise ConversationError(

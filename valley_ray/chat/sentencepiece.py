@@ -59,19 +59,24 @@ class SentencePieceTokenizer:
         return [self._processor.bos_id(), *ids] if add_special_tokens else ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `token_ids`; with `skip_special_tokens` the added tokens and <s>, </s>, <unk> are left out."""
-        hidden = {*self._added.values(), *self._special.values()}
-        text_of_added = {token: text for text, token in self._added.items()}
+        """Text of `token_ids`; with `skip_special_tokens` <s>, </s>, <unk> and [PAD] are left out.
+
+        The other added tokens stay, with a space around them: as the slow LLaMA tokenizer of transformers 4.28 does.
+        """
+        special = {*self._special.values(), self.pad_token_id}
+        text_of_added = {token: text for text, token in (self._special | self._added).items()}
         parts: list[str] = []
         run: list[int] = []
         for token in token_ids:
-            if token not in hidden:
+            if token not in text_of_added:
                 run.append(int(token))
-            elif not skip_special_tokens:
-                parts += [self._processor.DecodeIds(run), text_of_added.get(token) or self._processor.IdToPiece(token)]
+            elif not (skip_special_tokens and token in special):
+                parts += [*self._texts_of(run), text_of_added[token]]
                 run = []
-        parts.append(self._processor.DecodeIds(run))
-        return " ".join(part for part in parts if part)
+        return " ".join([*parts, *self._texts_of(run)])
+
+    def _texts_of(self, run: list[int]) -> list[str]:
+        return [self._processor.DecodeIds(run)] if run else []
 
     def get_vocab(self) -> dict[str, int]:
         """Every piece and added token with its id."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from valley_ray.chat import Conversation, Message, encode
+from valley_ray.chat import Conversation, Encoded, Message, encode
+from valley_ray.chat.style import PromptOptions
 from valley_ray.chat.tokens import ADDED_TOKENS, added_token_ids, tokenize, visual_block
 from valley_ray.errors import CheckpointError, ConversationError, PromptTooLongError
 
@@ -20,6 +22,14 @@ TEXTS = (
     "Why? Because it was pushed. First it waits, then it leaves: 12 seconds.",
 )
 OPTIONS = {"system_prompt": "Answer about the video.", "num_patches": 4, "max_length": 512}
+
+
+def encode_training(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, **options: Any) -> Encoded:
+    return encode.encode_training(tokenizer, conversation, PromptOptions(**options))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, **options: Any) -> tuple[int, ...]:
+    return encode.encode_prompt(tokenizer, conversation, PromptOptions(**options))
 
 
 def word_level() -> PreTrainedTokenizerFast:
@@ -67,9 +77,9 @@ def test_prompt_is_a_prefix_of_the_training_sequence_at_every_turn(tokenizer: Pr
     messages = [Message("user", "<video>\nWhat is moving?")]
     for question, answer in zip(("Why?", " First or <image> then? ", "What?"), answers, strict=True):
         num_frames = [3, 1][: Conversation(tuple(messages)).num_media]
-        prompt = encode.encode_prompt(tokenizer, Conversation(tuple(messages)), num_frames=num_frames, **OPTIONS)
+        prompt = encode_prompt(tokenizer, Conversation(tuple(messages)), num_frames=num_frames, **OPTIONS)
         messages.append(Message("assistant", answer))
-        training = encode.encode_training(tokenizer, Conversation(tuple(messages)), num_frames=num_frames, **OPTIONS)
+        training = encode_training(tokenizer, Conversation(tuple(messages)), num_frames=num_frames, **OPTIONS)
         assert tuple(training.input_ids[: len(prompt)]) == prompt
         learned = training.labels[len(prompt) :]
         np.testing.assert_array_equal(learned, training.input_ids[len(prompt) :])
@@ -87,7 +97,7 @@ def test_only_answers_and_their_end_are_learned(tokenizer: PreTrainedTokenizerFa
     conversation = video_question(
         Message("assistant", "A red circle."), Message("user", "Why?"), Message("assistant", "Because it was pushed.")
     )
-    encoded = encode.encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS)
+    encoded = encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS)
     learned = encoded.labels != -100
     ends = np.flatnonzero(encoded.input_ids == tokenizer.eos_token_id)
     assert len(ends) == 2
@@ -105,7 +115,7 @@ def test_answer_tokens_are_those_of_the_answer_in_running_text() -> None:
     for make in (byte_level, metaspace):
         tokenizer = with_added_tokens(make)
         conversation = Conversation((Message("user", "What is moving?"), Message("assistant", "A red circle.")))
-        encoded = encode.encode_training(tokenizer, conversation, num_frames=[], **OPTIONS)
+        encoded = encode_training(tokenizer, conversation, num_frames=[], **OPTIONS)
         text = "Answer about the video.\n\n### Human: What is moving?\n### Assistant: A red circle."
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         assert encoded.input_ids.tolist()[:-1] == bos + tokenizer.encode(text, add_special_tokens=False)
@@ -113,7 +123,7 @@ def test_answer_tokens_are_those_of_the_answer_in_running_text() -> None:
 
 def test_visual_block_holds_patches_then_frames(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = added_token_ids(tokenizer)
-    prompt = encode.encode_prompt(tokenizer, video_question(), num_frames=[3], **OPTIONS)
+    prompt = encode_prompt(tokenizer, video_question(), num_frames=[3], **OPTIONS)
     start = prompt.index(ids.im_start)
     expected = (ids.im_start, *[ids.im_patch] * 4, ids.im_end, ids.vi_start, *[ids.vi_frame] * 3, ids.vi_end)
     assert prompt[start : start + len(expected)] == expected
@@ -136,13 +146,13 @@ def test_overlong_text_is_cut_at_the_end_but_media_and_answers_are_not_lost(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     conversation = video_question(Message("assistant", "A red circle moves left."))
-    whole = encode.encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS)
+    whole = encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS)
     length = len(whole.input_ids)
-    cut = encode.encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS | {"max_length": length - 2})
+    cut = encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS | {"max_length": length - 2})
     np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:-2])
     np.testing.assert_array_equal(cut.labels, whole.labels[:-2])
     with pytest.raises(PromptTooLongError, match="max_length"):
-        encode.encode_training(
+        encode_training(
             tokenizer,
             conversation,
             num_frames=[2],
@@ -150,9 +160,9 @@ def test_overlong_text_is_cut_at_the_end_but_media_and_answers_are_not_lost(
         )
     block_end = int(np.flatnonzero(whole.input_ids == added_token_ids(tokenizer).vi_end)[0])
     with pytest.raises(PromptTooLongError):
-        encode.encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS | {"max_length": block_end})
+        encode_training(tokenizer, conversation, num_frames=[2], **OPTIONS | {"max_length": block_end})
     with pytest.raises(PromptTooLongError, match="shorten"):
-        encode.encode_prompt(tokenizer, video_question(), num_frames=[2], **OPTIONS | {"max_length": 10})
+        encode_prompt(tokenizer, video_question(), num_frames=[2], **OPTIONS | {"max_length": 10})
 
 
 @pytest.mark.parametrize(
@@ -168,24 +178,24 @@ def test_conversations_that_cannot_be_learned_are_refused(
     conversation: Conversation, num_frames: list[int], reason: str
 ) -> None:
     with pytest.raises(ConversationError, match=reason):
-        encode.encode_training(with_added_tokens(word_level), conversation, num_frames=num_frames, **OPTIONS)
+        encode_training(with_added_tokens(word_level), conversation, num_frames=num_frames, **OPTIONS)
 
 
 def test_prompt_must_end_with_the_users_turn() -> None:
     with pytest.raises(ConversationError, match="must be the user's"):
-        encode.encode_prompt(
+        encode_prompt(
             with_added_tokens(word_level), video_question(Message("assistant", "x")), num_frames=[1], **OPTIONS
         )
 
 
 def test_empty_system_prompt_leaves_the_header_out() -> None:
     tokenizer = with_added_tokens(word_level)
-    with_header = encode.encode_prompt(tokenizer, video_question(), num_frames=[1], **OPTIONS)
-    without = encode.encode_prompt(tokenizer, video_question(), num_frames=[1], **OPTIONS | {"system_prompt": ""})
+    with_header = encode_prompt(tokenizer, video_question(), num_frames=[1], **OPTIONS)
+    without = encode_prompt(tokenizer, video_question(), num_frames=[1], **OPTIONS | {"system_prompt": ""})
     assert without[0] == with_header[0] == tokenizer.bos_token_id
     assert with_header[-len(without) + 1 :] == without[1:]
     own = Conversation((Message("system", ""), *video_question().messages))
-    assert encode.encode_prompt(tokenizer, own, num_frames=[1], **OPTIONS) == without
+    assert encode_prompt(tokenizer, own, num_frames=[1], **OPTIONS) == without
 
 
 def test_tokenizer_without_the_added_tokens_is_named() -> None:

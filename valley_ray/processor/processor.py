@@ -14,77 +14,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from valley_ray.chat import encode, upstream
-from valley_ray.chat.conversation import Conversation, MediaKind
-from valley_ray.chat.encode import Encoded
-from valley_ray.chat.templates import SYSTEM_PROMPT_V1, PromptStyle
+from valley_ray.chat.conversation import Conversation
+from valley_ray.chat.style import Encoded, PromptOptions
+from valley_ray.chat.styles import STYLES
+from valley_ray.chat.templates import PromptStyle
 from valley_ray.chat.tokens import Tokenizer, added_token_ids
-from valley_ray.config import Config, validate_config
 from valley_ray.errors import CheckpointError
 from valley_ray.media.preprocess import Crop, normalize
 from valley_ray.media.sampling import FrameSampling
+from valley_ray.processor.config import CONFIG_FILE, ProcessorConfig, read_processor_config
+from valley_ray.processor.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_FILE = "processor_config.json"
-
-_ENCODINGS = {"valley": encode, "upstream-train": upstream}
-_STOP_STRINGS: dict[PromptStyle, tuple[str, ...]] = {"valley": (), "upstream-train": (upstream.ANSWER_END,)}
-
 ENCODING_VERSION = 1
 """Raised when the code gives other tokens or pixels for the same configuration."""
-
-
-class ProcessorConfig(Config):
-    """Everything beside the tokenizer that decides which tokens and pixels come out."""
-
-    num_patches: int = Field(ge=1)
-    """P, patch tokens per visual block: (crop side / patch side) squared."""
-    sampling: FrameSampling = FrameSampling()
-    """Frames taken from a video."""
-    video_crop: Crop = Crop()
-    """Resizing of video frames; upstream: short side 256 bilinear, crop 224."""
-    image_crop: Crop = Crop(short_side=224, resample="bicubic", corner="floored")
-    """Resizing of images; upstream: CLIP's processor."""
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Per colour, of pixels scaled to 0..1; CLIP's."""
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Per colour; CLIP's."""
-    prompt_style: PromptStyle = "valley"
-    """Words around the turns; see chat/templates.py."""
-    system_prompt: str = SYSTEM_PROMPT_V1
-    """Used where a conversation brings none; an empty one leaves the header out."""
-    max_length: int = Field(default=2048, ge=1)
-    """Tokens that the language model takes."""
-
-    def media_plan(
-        self, kind: MediaKind, sampling: FrameSampling | None = None, *, is_folder: bool = False
-    ) -> tuple[FrameSampling, Crop]:
-        """How one piece of media is read: a video as `sampling` (None: this one's own) says, an image as one frame.
-
-        A video that is a folder of frames is prepared like images, as upstream does.
-        """
-        if kind == "image":
-            return FrameSampling(num_frames=1), self.image_crop
-        return sampling or self.sampling, self.image_crop if is_folder else self.video_crop
-
-
-def read_processor_config(folder: str | PathLike[str]) -> ProcessorConfig:
-    """Open processor_config.json of a model folder; raises CheckpointError naming the file that does not fit."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
-    values.pop("processor_class", None)
-    return validate_config(ProcessorConfig, values, source=str(path))
 
 
 class ValleyProcessor:
@@ -101,9 +47,10 @@ class ValleyProcessor:
             )
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         """Any of them ends an answer."""
-        self.stop_strings: tuple[str, ...] = _STOP_STRINGS[config.prompt_style]
-        """Text that ends an answer beside the tokens; `decode` cuts there. Empty for the style `valley`."""
-        self._encoding = _ENCODINGS[config.prompt_style]
+        self._style = STYLES[config.prompt_style]
+        own = self._style.STOP_STRINGS
+        self.stop_strings: tuple[str, ...] = own if config.stop_strings is None else config.stop_strings
+        """Text that ends an answer beside the tokens; `decode` cuts there."""
 
     @property
     def sampling(self) -> FrameSampling:
@@ -159,7 +106,7 @@ class ValleyProcessor:
     def from_pretrained(cls, folder: str | PathLike[str]) -> "ValleyProcessor":
         """Open the processor of a model folder; raises CheckpointError naming the file that does not fit."""
         config = read_processor_config(folder)
-        return cls(_open_tokenizer(Path(folder)), config)
+        return cls(open_tokenizer(Path(folder)), config)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write processor_config.json and the tokenizer's files into `folder`."""
@@ -178,40 +125,49 @@ class ValleyProcessor:
         """Tokens and labels of a conversation whose media marks stand for `num_frames` frames each.
 
         Raises:
-            ConversationError, PromptTooLongError: as `chat.encode.encode_training` says.
+            ConversationError, PromptTooLongError: as the `encode_training` of the prompt style says.
+            ConfigError: the prompt style has no training form.
         """
-        encoded: Encoded = self._encoding.encode_training(
-            self.tokenizer,
-            conversation,
-            system_prompt=self.system_prompt,
-            num_patches=self.num_patches,
-            num_frames=num_frames,
-            max_length=self.max_length,
-        )
-        return encoded
+        return self._style.encode_training(self.tokenizer, conversation, self.prompt_options(num_frames))
 
     def encode_prompt(self, conversation: Conversation, num_frames: Sequence[int]) -> tuple[int, ...]:
-        """Tokens up to the cue for the answer: the first tokens that `encode_training` gives.
+        """Tokens up to where the answer begins.
 
         Raises:
-            ConversationError, PromptTooLongError: as `chat.encode.encode_prompt` says.
+            ConversationError, PromptTooLongError: as the `encode_prompt` of the prompt style says.
         """
-        prompt: tuple[int, ...] = self._encoding.encode_prompt(
-            self.tokenizer,
-            conversation,
+        return self._style.encode_prompt(self.tokenizer, conversation, self.prompt_options(num_frames))
+
+    def prompt_text(self, conversation: Conversation, num_frames: Sequence[int]) -> str:
+        """The prompt as text, visual blocks spelled out; raises ConversationError as `encode_prompt`."""
+        return self._style.prompt_text(conversation, self.prompt_options(num_frames))
+
+    def prompt_options(self, num_frames: Sequence[int]) -> PromptOptions:
+        """What the prompt style is told about this model and `num_frames` frames per media mark."""
+        return PromptOptions(
             system_prompt=self.system_prompt,
             num_patches=self.num_patches,
             num_frames=num_frames,
             max_length=self.max_length,
+            bos_token=self.config.bos_token,
+            only_mask_system=self.config.only_mask_system,
         )
-        return prompt
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of an answer: special and added tokens dropped, cut at the first stop string, stripped."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        for stop in self.stop_strings:
-            text = text.partition(stop)[0]
-        return text.strip()
+        """Text of a whole answer: cut at the first stop string, then as `clean_answer`."""
+        text = self.decode_raw(token_ids)
+        if not self.config.stop_skips_first_token:
+            for stop in self.stop_strings:
+                text = text.partition(stop)[0]
+        return self.clean_answer(text)
+
+    def decode_raw(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special and added ones dropped; neither cut nor stripped."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def clean_answer(self, text: str) -> str:
+        """What is shown of an answer's text: the prompt style's rule, at least without white space around it."""
+        return self._style.clean_answer(text)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -222,28 +178,6 @@ class ValleyProcessor:
             "tokenizer": _tokenizer_content(self.tokenizer),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _open_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer: tokenizer.json by transformers, else tokenizer.model by sentencepiece."""
-    from valley_ray.chat.sentencepiece import MODEL_FILE, SentencePieceTokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # tokenizers raises Exception itself, transformers whatever an odd file leads to
-            reason = " ".join(str(error).split())
-            raise CheckpointError(
-                f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again"
-            ) from error
-        return tokenizer
-    if (folder / MODEL_FILE).is_file():
-        return SentencePieceTokenizer(folder)
-    raise CheckpointError(
-        f"{folder} has neither tokenizer.json nor {MODEL_FILE}; copy the tokenizer's files beside the model"
-    )
 
 
 def _tokenizer_content(tokenizer: Tokenizer) -> str:

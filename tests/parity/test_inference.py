@@ -1,0 +1,77 @@
+"""Prompts of the original's two ways to ask, and the cleaning of its answers, against those that it recorded."""
+
+from typing import Any
+
+import pytest
+from parity_set import ROOT, expand_ids, load_json
+
+from valley_ray.chat.conversation import Conversation, Message, from_marked_messages
+from valley_ray.chat.sentencepiece import SentencePieceTokenizer
+from valley_ray.chat.style import PromptOptions
+from valley_ray.chat.styles import STYLES
+from valley_ray.chat.templates import SYSTEM_PROMPTS
+from valley_ray.chat.tokens import IM_PATCH
+from valley_ray.chat.upstream_serving import template_text
+from valley_ray.errors import ConversationError
+from valley_ray.processor import ProcessorConfig, ValleyProcessor
+
+ROLE_OF_NAME = {"Human": "user", "Assistant": "assistant"}
+
+
+def completion_processor(recorded: dict[str, Any]) -> ValleyProcessor:
+    """Writes prompts as the original's `completion` does; a list without a system message gets no header there."""
+    prompts = [case["prompt"] for case in recorded["build_inputs"] if "prompt" in case]
+    num_patches = min(prompt.count(IM_PATCH) // prompt.count("<im_start>") for prompt in prompts)
+    return ValleyProcessor(
+        SentencePieceTokenizer(min(path.parent for path in ROOT.glob("checkpoints/*/tokenizer.model"))),
+        ProcessorConfig(prompt_style="upstream-build-inputs", num_patches=num_patches, system_prompt=""),
+    )
+
+
+def test_completion_prompts_and_ids_equal_the_recorded_ones() -> None:
+    recorded = load_json("inference.json")
+    processor = completion_processor(recorded)
+    for case in recorded["build_inputs"]:
+        if "prompt" not in case:
+            continue
+        conversation = from_marked_messages(case["messages"])
+        # Whatever came, the original writes its own number of frames: 3 here must change nothing.
+        num_frames = [3] * conversation.num_media
+        assert processor.prompt_text(conversation, num_frames) == case["prompt"], case["id"]
+        ids = list(processor.encode_prompt(conversation, num_frames))
+        assert ids == expand_ids(case["input_ids_rle_slow"]), case["id"]
+
+
+def test_messages_that_the_original_refuses_are_refused_but_for_the_role_assistant() -> None:
+    recorded = load_json("inference.json")
+    processor = completion_processor(recorded)
+    for case in recorded["build_inputs"]:
+        if "error" not in case:
+            continue
+        messages = case["messages"]
+        if {message["role"] for message in messages} == {"system", "user", "assistant"}:
+            renamed = [{**message, "role": message["role"].replace("assistant", "assistent")} for message in messages]
+            expected = processor.prompt_text(from_marked_messages(renamed), [])
+            assert processor.prompt_text(from_marked_messages(messages), []) == expected
+            assert any(f" Assistent: {message['content']} \n" in expected for message in messages), case["id"]
+            continue
+        with pytest.raises(ConversationError):
+            processor.encode_prompt(from_marked_messages(messages), [])
+
+
+def test_answers_are_cleaned_as_recorded() -> None:
+    recorded = load_json("inference.json")
+    clean = STYLES["upstream-build-inputs"].clean_answer
+    for case in recorded["process_response"]:
+        assert clean(case["raw"]) == case["out"], case["raw"]
+    batch = recorded.get("process_response_batch", {"raw": [], "out": []})
+    assert [clean(raw) for raw in batch["raw"]] == batch["out"]
+
+
+def test_serving_prompts_of_every_template_equal_the_recorded_ones() -> None:
+    for case in load_json("inference.json")["conversation_prompts"]:
+        *turns, (cue_name, no_text) = case["appended"]
+        assert (ROLE_OF_NAME[cue_name], no_text) == ("assistant", None), "the prompt ends with a cue"
+        conversation = Conversation(tuple(Message(ROLE_OF_NAME[name], text) for name, text in turns))
+        options = PromptOptions(system_prompt=SYSTEM_PROMPTS[case["template"]], num_patches=1)
+        assert template_text(conversation, options) == case["prompt"], case["template"]
