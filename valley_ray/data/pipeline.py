@@ -10,16 +10,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
 
-from valley_ray.config import Config
 from valley_ray.data.commit import clear_failure, commit_window, exclusive, mark_failed
+from valley_ray.data.config import PipelineConfig
 from valley_ray.data.execution import decode_blocks
 from valley_ray.data.schema import FAILED, OK
 from valley_ray.data.shards import StoreInfo, WindowManifest
@@ -37,48 +35,18 @@ from valley_ray.data.windows import (
     plan_windows,
     records_digest,
 )
-from valley_ray.fetch import FetchPolicy
+from valley_ray.errors import ConfigError
 from valley_ray.media.sampling import FrameSampling
-from valley_ray.media.sandbox import SandboxLimits
 
 if TYPE_CHECKING:
     from valley_ray.processor import ValleyProcessor
+
+__all__ = ["Order", "PipelineConfig", "PipelineSummary", "run_pipeline"]
 
 logger = logging.getLogger(__name__)
 
 Order = Sequence[int] | npt.NDArray[np.int64]
 """Rows of the samples table, each once."""
-
-
-class PipelineConfig(Config):
-    """What is read, how it is cut and where it goes."""
-
-    records: tuple[Path, ...] = Field(min_length=1)
-    """Record files (LLaVA / Valley JSON lists), one after the other."""
-    media_root: Path
-    """Folder that the media names of the records are relative to."""
-    model: Path
-    """Model folder whose processor tokenizes and crops."""
-    windows_dir: Path
-    """Store of the windows: on a file system that all nodes and the trainers share."""
-    sampling: FrameSampling | None = None
-    """Frames taken from a video; None: as the processor says."""
-    seed: int | None = Field(default=None, ge=0)
-    """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
-    window_size: int = Field(default=256, ge=1)
-    """Samples per window. Trainers start after the first one."""
-    block_size: int = Field(default=32, ge=1)
-    """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
-    decode_cpus: float = Field(default=0.5, gt=0)
-    """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
-    max_decode_tasks: int | None = Field(default=None, ge=1)
-    """Decoding tasks at once; None: as many as fit, on a cluster of one node at most one per CPU."""
-    task_retries: int = Field(default=3, ge=0)
-    """How often a block is begun again after its worker or node died, before the pipeline fails."""
-    sandbox: SandboxLimits = SandboxLimits()
-    """Time and memory for decoding one clip."""
-    fetch: FetchPolicy = FetchPolicy()
-    """What may be fetched for media named by a URL; local files are not limited by it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +98,7 @@ def run_pipeline(
     Raises:
         DataError: nothing can be read, `order` does not fit, or windows_dir holds another store.
         CheckpointError: the model folder's processor cannot be opened.
+        ConfigError: the video decoder is not installed, or the processor's crops give frames of many sizes.
     """
     with exclusive(config.windows_dir):
         clear_failure(config.windows_dir)
@@ -145,6 +114,7 @@ def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) 
     from valley_ray.processor import ValleyProcessor
 
     processor = ValleyProcessor.from_pretrained(config.model)
+    _check_crops(processor)
     sampling = config.sampling if config.sampling is not None else processor.sampling
     clips, samples = join([read_records(path, media_root=config.media_root) for path in config.records])
     num_samples = samples.num_rows
@@ -156,13 +126,23 @@ def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) 
     parts = {
         "processor": processor.fingerprint,
         "sampling": sampling.key,
-        "decoder": decoder_version(),
+        "decoder": decoder_version(config.video_decoder),
         "records": records_digest(clips, samples),
         "order": fingerprint({"order": rows.tobytes().hex()}),
         "window_size": str(config.window_size),
     }
     info = StoreInfo(fingerprint(parts), parts, num_samples, config.window_size, len(windows))
     return _Plan(config, processor, sampling, clips, samples, windows, info)
+
+
+def _check_crops(processor: "ValleyProcessor") -> None:
+    """A tower takes one size, and the processor counts one number of patches: refuse crops that keep the shape."""
+    for name in ("video_crop", "image_crop"):
+        if not getattr(processor, name).is_square:
+            raise ConfigError(
+                f"processor_config.json: {name}.fit=keep gives frames of many sizes, but the tower takes one; "
+                "set it to crop or stretch"
+            )
 
 
 def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> PipelineSummary:
@@ -234,8 +214,8 @@ def _decode_stage(plan: _Plan) -> DecodeStage:
         directory=plan.config.windows_dir.absolute(),
         fingerprint=plan.info.fingerprint,
         sampling=plan.sampling,
-        video_crop=plan.processor.video_crop,
-        image_crop=plan.processor.image_crop,
+        processing=plan.processor.config,
+        backend=plan.config.video_decoder,
         limits=plan.config.sandbox,
         policy=plan.config.fetch,
     )

@@ -8,6 +8,7 @@ Four tables, in the order in which a row lives through them:
 A row is never dropped: what failed keeps its row, with a status, a class and a sentence.
 """
 
+import json
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -19,7 +20,8 @@ PENDING = "pending"
 OK = "ok"
 FAILED = "failed"
 STATUSES = (PENDING, OK, FAILED)
-KINDS = ("video", "image", "frames")
+KINDS = ("video", "image", "frames", "images")
+"""frames: a folder of frame images. images: several image files as the frames of one clip; its uri is a JSON list."""
 
 CLIPS_SCHEMA = pa.schema(
     [
@@ -42,7 +44,8 @@ CLIPS_SCHEMA = pa.schema(
     ]
 )
 """clips. start_s/end_s: window in seconds, null for the whole clip. etag: identity of the bytes (mtime for files); a
-shard is keyed by (uri, etag, size_bytes, window, sampling, decoder version). shard/row: where its row lies."""
+shard is keyed by (uri, etag, size_bytes, window, sampling, decoder version). shard/row: where its row lies. error of
+a pending clip: the places where its file was looked for in vain when the records were read."""
 
 TURN_TYPE = pa.struct([("role", pa.string()), ("content", pa.string()), ("speaker", pa.string())])
 
@@ -95,6 +98,11 @@ WINDOW_SCHEMA = pa.schema(
     ]
 )
 """window. labels: -100 where no loss is taken; num_label_tokens counts the others. Failed rows have empty lists."""
+
+
+def uris_of(kind: str, uri: str) -> list[str]:
+    """The files of a clip: one, or those that the uri of kind images lists."""
+    return list(json.loads(uri)) if kind == "images" else [uri]
 
 
 def check_clips(table: pa.Table) -> pa.Table:

@@ -8,24 +8,32 @@ row, with status failed and the reason.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from valley_ray.chat.conversation import MEDIA_MARK, Conversation, from_valley_record
-from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, PENDING, SAMPLES_SCHEMA, check_clips, check_samples
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, PENDING, SAMPLES_SCHEMA, check_clips, check_samples, uris_of
 from valley_ray.errors import ConversationError, DataError, ValleyError
 
 MEDIA_KEYS = ("image", "video")
 """Keys of a record that name media; where both are there and only one kind is marked, that one is used (upstream)."""
 
+DEFAULT_FOLDER = "webvid"
+"""Where upstream looks for a video whose record names no `source`."""
+
+COCO_PREFIX = "COCO_train2014_"
+"""What upstream puts before the names of images in a folder of that name."""
+
 
 def read_records(path: Path, *, media_root: Path) -> tuple[pa.Table, pa.Table]:
-    """Read a LLaVA / Valley JSON list into (clips, samples), in file order; media paths are relative to `media_root`.
+    """Read a LLaVA / Valley JSON list into (clips, samples), in file order; media are looked for at their `places`.
 
-    Samples that name the same file share one row of the clips table.
+    Samples that name the same file share one row of the clips table. One `<image>` mark for a list of images stands for
+    all of them, as the frames of one clip (upstream); as many marks as images stand for one each.
 
     Raises:
         DataError: the file is missing, is not JSON, or is not a list. Bad records inside it are failed rows instead.
@@ -51,17 +59,44 @@ def join(tables: Sequence[tuple[pa.Table, pa.Table]]) -> tuple[pa.Table, pa.Tabl
     return joined, check_samples(pa.concat_tables([samples for _, samples in tables]), joined)
 
 
-def clip_row(kind: str, uri: str, *, start_s: float | None = None, end_s: float | None = None) -> dict[str, Any]:
-    """A pending row of the clips table; size and etag (mtime) are looked up where `uri` is a local path.
+def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path) -> list[Path]:
+    """Where the file `name` of a record may lie, in the order in which it is looked for.
 
-    The clip_id is a hash of kind, uri and window. A file that does not exist stays pending: decoding says so.
+    A video lies in the folder that the record's `source` names, in `media_root` itself, or, without a source, in
+    upstream's default folder; its name may lack `.mp4`. An image lies in `media_root`, where the names of COCO may lack
+    their prefix; upstream opens a list of images from the working directory, which comes last here.
+
+    Raises:
+        DataError: `source` is there but is no text.
     """
-    size_bytes, etag = None, ""
-    path = Path(uri)
-    if "://" not in uri and path.exists():
-        status = path.stat()
-        size_bytes, etag = status.st_size, f"mtime-{status.st_mtime_ns}"
-        kind = "frames" if path.is_dir() else kind
+    folders, names = [media_root], [name]
+    if kind == "video":
+        source = record.get("source")
+        if not isinstance(source, str | None):
+            raise DataError(f"'source' must be the name of a folder, got {source!r:.80}")
+        folders = [media_root / _encodable(source, "source"), media_root] if source else [media_root]
+        folders += [media_root / DEFAULT_FOLDER] if not source else []
+        names += [f"{name}.mp4"] if ".mp4" not in name else []
+    elif isinstance(record.get("image"), list):
+        folders.append(Path())
+    elif "train2014" in str(media_root):
+        names.append(COCO_PREFIX + name)
+    return list(dict.fromkeys((folder / one).absolute() for folder in folders for one in names))
+
+
+def clip_row(
+    kind: str, uri: str, *, start_s: float | None = None, end_s: float | None = None, error: str = ""
+) -> dict[str, Any]:
+    """A pending row of the clips table; size and etag (mtime) are looked up where `uri` names local paths.
+
+    The clip_id is a hash of kind, uri and window. A file that does not exist stays pending: decoding fails it, with
+    `error` as the reason.
+    """
+    found = [Path(one) for one in uris_of(kind, uri) if "://" not in one and os.path.exists(one)]
+    status = [path.stat() for path in found]
+    etag = ",".join(str(one.st_mtime_ns) for one in status)
+    if kind != "images" and found and found[0].is_dir():
+        kind = "frames"
     key = json.dumps([kind, uri, start_s, end_s])
     row = dict.fromkeys(CLIPS_SCHEMA.names) | {
         "clip_id": hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest(),
@@ -69,9 +104,10 @@ def clip_row(kind: str, uri: str, *, start_s: float | None = None, end_s: float 
         "uri": uri,
         "start_s": start_s,
         "end_s": end_s,
-        "size_bytes": size_bytes,
-        "etag": etag,
+        "size_bytes": sum(one.st_size for one in status) if status else None,
+        "etag": f"mtime-{etag}" if status else "",
         "status": PENDING,
+        "error": error,
         "attempts": 0,
     }
     return {name: row[name] for name in CLIPS_SCHEMA.names}
@@ -98,7 +134,7 @@ def _sample_of(
         sample["sample_id"] = _id_of(record)
         conversation = from_valley_record(record)
         _check_text(conversation)
-        rows = [_clip_of(kind, name, media_root) for kind, name in _media_of(record, conversation)]
+        rows = [_clip_of(kind, names, record, media_root) for kind, names in _media_of(record, conversation)]
     except ValleyError as error:
         return sample | {"status": FAILED, "error_class": error.code, "error": str(error)}
     clips.update((row["clip_id"], row) for row in rows)
@@ -134,8 +170,8 @@ def _encodable(text: str, key: str) -> str:
     return text
 
 
-def _media_of(record: dict[str, Any], conversation: Conversation) -> list[tuple[str, str]]:
-    """(kind, file name) for every mark, in the order of the marks."""
+def _media_of(record: dict[str, Any], conversation: Conversation) -> list[tuple[str, Sequence[str]]]:
+    """(kind, file names) for every mark, in the order of the marks; several names only for a group of images."""
     media = {key: _names_of(record, key) for key in MEDIA_KEYS if record.get(key) is not None}
     marks = [
         mark.strip("<>")
@@ -147,17 +183,18 @@ def _media_of(record: dict[str, Any], conversation: Conversation) -> list[tuple[
         # With one kind of media, upstream's records use either mark for it.
         [kind] = media
         marks = [kind] * len(marks)
-    needed = {kind: marks.count(kind) for kind in MEDIA_KEYS}
+    clips: dict[str, Iterator[Sequence[str]]] = {}
     for kind in MEDIA_KEYS:
-        num_named = len(media.get(kind, []))
-        unused = num_named > 0 and needed[kind] == 0 and bool(marks)
-        if needed[kind] != num_named and not unused:
+        names, num_marks = media.get(kind, []), marks.count(kind)
+        is_group = kind == "image" and num_marks == 1 and len(names) > 1
+        is_unused = bool(names) and num_marks == 0 and bool(marks)
+        if num_marks != len(names) and not is_group and not is_unused:
             raise ConversationError(
-                f"the conversation has {needed[kind]} <{kind}> mark(s) for {num_named} '{kind}' file(s); "
+                f"the conversation has {num_marks} <{kind}> mark(s) for {len(names)} '{kind}' file(s); "
                 "give one mark in a user turn for each file"
             )
-    names = {kind: iter(found) for kind, found in media.items()}
-    return [(kind, next(names[kind])) for kind in marks]
+        clips[kind] = iter([names] if is_group else [[name] for name in names])
+    return [(kind, next(clips[kind])) for kind in marks]
 
 
 def _names_of(record: dict[str, Any], key: str) -> list[str]:
@@ -168,8 +205,17 @@ def _names_of(record: dict[str, Any], key: str) -> list[str]:
     return [_encodable(name, key) for name in names]
 
 
-def _clip_of(kind: str, name: str, media_root: Path) -> dict[str, Any]:
-    return clip_row(kind, name if "://" in name else str((media_root / name).absolute()))
+def _clip_of(kind: str, names: Sequence[str], record: Mapping[str, Any], media_root: Path) -> dict[str, Any]:
+    uris, reasons = [], []
+    for name in names:
+        tried = [name] if "://" in name else [str(place) for place in places(kind, name, record, media_root)]
+        exists = [place for place in tried if "://" in place or os.path.exists(place)]
+        uris.append((exists or tried)[0])
+        if not exists:
+            reasons.append(f"{name}: there is no such file; looked for {' and '.join(tried)}; check media_root")
+    if len(uris) == 1:
+        return clip_row(kind, uris[0], error="".join(reasons))
+    return clip_row("images", json.dumps(uris), error=" ".join(reasons))
 
 
 def _clips_table(rows: Iterable[dict[str, Any]]) -> pa.Table:

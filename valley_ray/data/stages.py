@@ -9,21 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.config import validate_config
 from valley_ray.data.commit import ShardWriter
-from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA
-from valley_ray.errors import DecodeCrashError, DecodeMemoryError, DecodeTimeoutError, ValleyError
+from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA, uris_of
+from valley_ray.errors import (
+    ConfigError,
+    CorruptMediaError,
+    DecodeCrashError,
+    DecodeMemoryError,
+    DecodeTimeoutError,
+    SourceNotFoundError,
+    ValleyError,
+)
 from valley_ray.fetch import FetchPolicy, fetch
+from valley_ray.media.decode import Backend
 from valley_ray.media.frames import VideoFrames
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox, SandboxLimits
 
 if TYPE_CHECKING:
-    from valley_ray.processor import ValleyProcessor
+    from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
 BLOCK_SCHEMA = pa.schema(
     [
@@ -35,9 +45,10 @@ BLOCK_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("etag", pa.string()),
+        ("error", pa.string()),
     ]
 )
-"""What DecodeStage takes: clips of one block of one window, by path only."""
+"""What DecodeStage takes: clips of one block of one window, by path only. error: see CLIPS_SCHEMA."""
 
 OUTCOME_SCHEMA = pa.schema(
     [
@@ -59,9 +70,18 @@ TRIED_AGAIN = (DecodeCrashError, DecodeTimeoutError, DecodeMemoryError)
 MAX_ATTEMPTS = 2
 
 
-def decoder_version() -> str:
-    """Name of what turns bytes into frames; frames of another decoder are other frames."""
-    return f"pyav-{importlib.metadata.version('av')}"
+def decoder_version(backend: Backend) -> str:
+    """Name of what turns bytes into frames; frames of another decoder are other frames.
+
+    Raises:
+        ConfigError: the decoder is not installed here.
+    """
+    if backend == "pyav":
+        return f"pyav-{importlib.metadata.version('av')}"
+    try:
+        return f"{backend}-{importlib.metadata.version(backend)}"
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(f"video_decoder={backend} is not installed here; use pyav") from error
 
 
 @dataclass(frozen=True)
@@ -75,8 +95,8 @@ class DecodeStage:
     directory: Path
     fingerprint: str
     sampling: FrameSampling
-    video_crop: Crop
-    image_crop: Crop
+    processing: "ProcessorConfig"
+    backend: Backend
     limits: SandboxLimits
     policy: FetchPolicy
 
@@ -98,38 +118,57 @@ class DecodeStage:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             outcome: dict[str, Any] = {"status": OK, "error_class": "", "error": "", "attempts": attempt}
             try:
-                source = _source_of(clip, self.policy)
-                digest = hashlib.blake2b(source, digest_size=16).hexdigest() if isinstance(source, bytes) else ""
-                return outcome | {"content_digest": digest}, self._frames(source, clip)
+                sources = [_source_of(uri, self.policy) for uri in uris_of(clip["kind"], clip["uri"])]
+                digest = _digest(sources)
+                return outcome | {"content_digest": digest}, self._frames(sources, clip)
             except ValleyError as error:
-                outcome |= {"status": FAILED, "error_class": error.code, "error": str(error)}
+                reason = clip["error"] if isinstance(error, SourceNotFoundError) else None
+                outcome |= {"status": FAILED, "error_class": error.code, "error": reason or str(error)}
                 if not isinstance(error, TRIED_AGAIN):
                     break
         return outcome | {"content_digest": digest}, None
 
-    def _frames(self, source: Path | bytes, clip: Mapping[str, Any]) -> VideoFrames:
-        if clip["kind"] == "image":
-            sampling, crop = FrameSampling(num_frames=1), self.image_crop
-        else:
-            window = {"start_s": clip["start_s"], "end_s": clip["end_s"]}
-            given = {key: value for key, value in window.items() if value is not None}
-            values = self.sampling.model_dump() | given
-            sampling, crop = (
-                validate_config(FrameSampling, values, source=f"the window of {clip['uri']}"),
-                self.video_crop,
-            )
-        return _sandbox(self.limits).frames(source, sampling, crop=crop, name=Path(clip["uri"]).name)
+    def _frames(self, sources: Sequence[Path | bytes], clip: Mapping[str, Any]) -> VideoFrames:
+        sampling, crop = self._plan_of(clip)
+        sandbox = _sandbox(self.limits, self.backend)
+        names = [Path(uri).name for uri in uris_of(clip["kind"], clip["uri"])]
+        parts = [
+            sandbox.frames(source, sampling, crop=crop, name=name) for source, name in zip(sources, names, strict=True)
+        ]
+        if len({part.frames_THWC.shape[1:] for part in parts}) > 1:
+            raise CorruptMediaError(f"{names[0]} ...: the images of one clip differ in size; ask for a crop or stretch")
+        frames_THWC = np.concatenate([part.frames_THWC for part in parts])
+        return VideoFrames(frames_THWC, np.concatenate([part.pts_seconds for part in parts]))
+
+    def _plan_of(self, clip: Mapping[str, Any]) -> tuple[FrameSampling, Crop]:
+        """How the clip is read; its own window replaces the sampling's."""
+        if clip["kind"] in ("image", "images"):
+            return self.processing.media_plan("image")
+        window = {key: clip[key] for key in ("start_s", "end_s") if clip[key] is not None}
+        values = self.sampling.model_dump() | window
+        sampling = validate_config(FrameSampling, values, source=f"the window of {clip['uri']}")
+        return self.processing.media_plan("video", sampling, is_folder=clip["kind"] == "frames")
 
 
-def _source_of(clip: Mapping[str, Any], policy: FetchPolicy) -> Path | bytes:
+def _source_of(uri: str, policy: FetchPolicy) -> Path | bytes:
     """Local files are read by the decoder itself, whatever their size; the rest goes through the fetch policy."""
-    return fetch(clip["uri"], policy).source if "://" in clip["uri"] else Path(clip["uri"])
+    return fetch(uri, policy).source if "://" in uri else Path(uri)
+
+
+def _digest(sources: Sequence[Path | bytes]) -> str:
+    """Hex digest of the bytes, where all of them were read anyway; else empty."""
+    digest = hashlib.blake2b(digest_size=16)
+    for source in sources:
+        if isinstance(source, Path):
+            return ""
+        digest.update(source)
+    return digest.hexdigest()
 
 
 @functools.cache
-def _sandbox(limits: SandboxLimits) -> Sandbox:
+def _sandbox(limits: SandboxLimits, backend: Backend) -> Sandbox:
     """The one decoding child of this worker process; it ends with it."""
-    return Sandbox(limits=limits)
+    return Sandbox(limits=limits, backend=backend)
 
 
 @dataclass(frozen=True)

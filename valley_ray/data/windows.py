@@ -141,7 +141,7 @@ def known_outcomes(store: WindowStore, clips: pa.Table, fingerprint: str) -> dic
 def ledger(window: PlannedWindow, clips: pa.Table, outcomes: Mapping[str, Outcome], sampling: str) -> pa.Table:
     """The clips of `window` (CLIPS_SCHEMA) with what came of them."""
     rows = [
-        row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] == "image" else sampling}
+        row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] in ("image", "images") else sampling}
         for row in clips.take(window.clips).to_pylist()
     ]
     return pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from valley_ray.config import Config, apply_overrides, read_yaml, validate_config
+from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
 
@@ -62,6 +63,8 @@ class ServeConfig(Config):
     """Largest media file, bytes; a request's body may be a third larger (base64) plus text."""
     sandbox: SandboxLimits = SandboxLimits()
     """Time and memory of decoding one file."""
+    video_decoder: Backend = "pyav"
+    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, rotation, two streams)."""
 
     sampling: FrameSampling | None = None
     """Frames of a video where the request does not say; None: the model folder's own."""

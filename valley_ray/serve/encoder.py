@@ -6,7 +6,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import encode_visual_tokens, load_model
+from valley_ray.answering import check_fit, encode_visual_tokens, load_model
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.calls import PullCache, unwrapped
@@ -24,6 +24,7 @@ class VisionEncoder:
         # The decoders hold the language model; here it would only take memory.
         del self._model.core.language_model
         self._processor = ValleyProcessor.from_pretrained(config.model)
+        check_fit(self._model.config, self._processor)
         self._sampler = sampler
         self._cache: PullCache[torch.Tensor] = PullCache(config.encoder_cache_bytes, lambda tokens: tokens.nbytes)
         self._num_encoded = 0

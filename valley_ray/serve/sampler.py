@@ -24,7 +24,8 @@ class FrameSampler:
         self._processing = read_processor_config(config.model)
         decode = config.sandbox.decode
         decode = decode.model_copy(update={"max_frames": min(decode.max_frames, config.max_frames)})
-        self._sandbox = Sandbox(limits=config.sandbox.model_copy(update={"decode": decode}))
+        limits = config.sandbox.model_copy(update={"decode": decode})
+        self._sandbox = Sandbox(limits=limits, backend=config.video_decoder)
         self._cache: PullCache[Frames] = PullCache(config.sampler_cache_bytes, lambda frames: frames.nbytes)
 
     async def frames(self, media: MediaRef, sampling: FrameSampling) -> Frames:
@@ -32,7 +33,8 @@ class FrameSampler:
 
         Raises MediaError subclasses and SamplingError as the sandbox does.
         """
-        sampling, crop = self._processing.media_plan(media.kind, sampling)
+        is_folder = media.path is not None and Path(media.path).is_dir()
+        sampling, crop = self._processing.media_plan(media.kind, sampling, is_folder=is_folder)
 
         async def decode() -> Frames:
             source = Path(media.path) if media.path is not None else await _bytes_of(media)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from valley_ray.data import schema
-from valley_ray.data.sources import join, read_records
+from valley_ray.data.sources import join, places, read_records
 from valley_ray.errors import DataError
 
 
@@ -75,6 +75,54 @@ def test_images_text_and_folders_of_frames_are_told_apart(tmp_path: Path) -> Non
     assert {sample["status"] for sample in samples} == {schema.PENDING}
 
 
+def test_media_are_looked_for_where_upstream_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("direct.mp4", "webvid/default.mp4", "vatex/sourced.mp4", "direct/here.mp4", "clip.webm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    cases = {
+        "direct.mp4": {"video": "direct.mp4"},
+        "webvid/default.mp4": {"video": "default"},
+        "vatex/sourced.mp4": {"video": "sourced", "source": "vatex"},
+        "direct": {"video": "direct"},
+        "clip.webm": {"video": "clip.webm", "source": "vatex"},
+    }
+    records = [{"id": want, **record, "conversations": turns()} for want, record in cases.items()]
+    clips, samples = read(tmp_path, records)
+    uri_of = {clip["clip_id"]: clip["uri"] for clip in clips}
+    found = {sample["sample_id"]: uri_of[sample["clip_ids"][0]] for sample in samples}
+    assert found == {want: str(tmp_path / want) for want in cases}
+
+
+def test_missing_file_names_the_places_that_were_tried(tmp_path: Path) -> None:
+    records = [{"id": 0, "video": "nope", "conversations": turns()}]
+    [clip], [sample] = read(tmp_path, records)
+    tried = [str(tmp_path / name) for name in ("nope", "nope.mp4", "webvid/nope", "webvid/nope.mp4")]
+    assert clip["error"] == f"nope: there is no such file; looked for {' and '.join(tried)}; check media_root"
+    assert (clip["status"], sample["status"]) == (schema.PENDING, schema.PENDING), "decoding fails it, if still missing"
+
+
+def test_one_mark_for_a_list_of_images_is_one_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").mkdir()
+    for name in ("root/a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"12345")
+    monkeypatch.chdir(tmp_path)
+    record = {"id": 0, "image": ["a.png", "b.png"], "conversations": turns("<image>\nWhat changes?")}
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([record]), encoding="utf-8")
+    clips, samples = join([read_records(path, media_root=tmp_path / "root")])
+    [clip] = clips.to_pylist()
+    assert (clip["kind"], clip["size_bytes"]) == ("images", 10)
+    assert schema.uris_of(clip["kind"], clip["uri"]) == [str(tmp_path / "root/a.png"), str(tmp_path / "b.png")]
+    assert samples["clip_ids"].to_pylist() == [[clip["clip_id"]]]
+
+
+def test_names_of_coco_may_lack_their_prefix(tmp_path: Path) -> None:
+    root = tmp_path / "train2014"
+    root.mkdir()
+    (root / "COCO_train2014_000000000009.jpg").touch()
+    assert places("image", "000000000009.jpg", {}, root)[1].exists()
+
+
 @pytest.mark.parametrize(
     ("record", "error_class", "reason"),
     [
@@ -85,6 +133,12 @@ def test_images_text_and_folders_of_frames_are_told_apart(tmp_path: Path) -> Non
         ({"id": "a", "conversations": turns()}, "invalid_conversation", r"1 <video> mark\(s\) for 0"),
         ({"id": "a", "video": "v.mp4", "conversations": turns("Hi")}, "invalid_conversation", "0 <video>"),
         ({"id": "a", "video": 3, "conversations": turns()}, "invalid_data", "must be a file name"),
+        ({"id": "a", "video": "v", "source": 3, "conversations": turns()}, "invalid_data", "'source' must be the name"),
+        (
+            {"id": "a", "image": ["x", "y", "z"], "conversations": turns("<image><image>")},
+            "invalid_conversation",
+            "2 <im",
+        ),
         ({"id": "a", "conversations": turns("Hi", " ")}, "invalid_conversation", "no answer to learn from"),
         ({"id": "a", "conversations": turns("Hi \ud800")}, "invalid_data", "surrogate"),
     ],

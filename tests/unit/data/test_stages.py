@@ -1,5 +1,6 @@
 """The callables of the pipeline without Ray: one row out for each row in, whatever the file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,24 @@ from tiny import make_tiny_valley
 from valley_ray.data.schema import FAILED, OK, PENDING
 from valley_ray.data.shards import WindowStore
 from valley_ray.data.sources import clip_row
-from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage, TokenizeStage
+from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage, TokenizeStage, decoder_version
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
-from valley_ray.processor import ValleyProcessor
+from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
 
-def decode(tmp_path: Path, clips: list[dict[str, Any]], limits: SandboxLimits | None = None) -> list[dict[str, Any]]:
+def decode(
+    tmp_path: Path, clips: list[dict[str, Any]], limits: SandboxLimits | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    crops = {"video_crop": Crop(size=32, short_side=32), "image_crop": Crop(size=32, fit="stretch")}
     stage = DecodeStage(
         directory=tmp_path,
         fingerprint="f",
         sampling=FrameSampling(num_frames=4),
-        video_crop=Crop(size=32, short_side=32),
-        image_crop=Crop(size=32, short_side=32, resample="bicubic"),
+        processing=ProcessorConfig(num_patches=4, **(crops | changes.pop("crops", {}))),
+        backend=changes.pop("backend", "pyav"),
         limits=limits or SandboxLimits(),
         policy=FetchPolicy(),
     )
@@ -75,6 +79,49 @@ def test_window_of_a_clip_is_cut_out(tmp_path: Path) -> None:
     assert store.frames(part["shard"], part["row"])[0].mean() == pytest.approx(104, abs=2), "frame 4 of 8 at 8 fps"
     [backwards] = decode(tmp_path, [clip_row("video", str(path), start_s=2, end_s=1)])
     assert backwards["status"] == FAILED
+
+
+def test_group_of_images_and_folder_of_frames_are_prepared_like_images(tmp_path: Path) -> None:
+    pictures = [tmp_path / f"{name}.png" for name in "abc"]
+    for brightness, path in enumerate(pictures):
+        Image.new("RGB", (64, 48), (50 * brightness, 0, 0)).save(path)
+    (tmp_path / "folder").mkdir()
+    half = Image.new("RGB", (64, 48), (0, 0, 0))
+    half.paste((200, 0, 0), (0, 0, 6, 48))  # a stripe that a centre crop would cut off and a stretch keeps
+    half.save(tmp_path / "folder" / "a.png")
+    group = clip_row("images", json.dumps([str(path) for path in reversed(pictures)]))
+    clips = [group, clip_row("video", str(tmp_path / "folder"))]
+    assert [clip["kind"] for clip in clips] == ["images", "frames"]
+    together, folder = decode(tmp_path, clips)
+    store = WindowStore(tmp_path)
+    frames = store.frames(together["shard"], together["row"])
+    assert frames[:, 0, 0, 0].tolist() == [100, 50, 0]
+    assert store.frames(folder["shard"], folder["row"])[0, 16, 0, 0] > 150
+    pictures[1].unlink()
+    [gone] = decode(tmp_path, [group])
+    assert (gone["error_class"], "b.png" in gone["error"]) == ("source_not_found", True)
+
+
+def test_images_of_one_clip_that_differ_in_size_are_a_failed_row(tmp_path: Path) -> None:
+    for name, width in (("a", 64), ("b", 32)):
+        Image.new("RGB", (width, 32)).save(tmp_path / f"{name}.png")
+    group = clip_row("images", json.dumps([str(tmp_path / "a.png"), str(tmp_path / "b.png")]))
+    [outcome] = decode(tmp_path, [group], crops={"image_crop": Crop(size=32, fit="keep")})
+    assert (outcome["error_class"], "differ in size" in outcome["error"]) == ("media_corrupt", True)
+
+
+def test_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    [outcome] = decode(tmp_path, [clip_row("video", str(tmp_path / "x.mp4"), error="x.mp4: looked for a and b")])
+    assert (outcome["error_class"], outcome["error"]) == ("source_not_found", "x.mp4: looked for a and b")
+
+
+def test_the_named_decoder_reads_the_videos(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "good.mp4", brightness=100)
+    outcomes = [decode(tmp_path, [clip_row("video", str(path))], backend=name)[0] for name in ("pyav", "decord")]
+    store = WindowStore(tmp_path)
+    by_pyav, by_decord = (store.frames(outcome["shard"], outcome["row"]) for outcome in outcomes)
+    np.testing.assert_allclose(by_pyav, by_decord, atol=3, err_msg="levels of two builds of one scaler")
+    assert decoder_version("pyav") != decoder_version("decord"), "frames of another decoder are other frames"
 
 
 def outcome_of(clip_id: str, num_frames: int, status: str = OK) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""What is refused before the pipeline reads a record or starts a task."""
+
+import json
+from pathlib import Path
+
+import pytest
+from data_clips import turns
+from tiny import make_tiny_valley
+
+from valley_ray.config import validate_config
+from valley_ray.data.pipeline import PipelineConfig, run_pipeline
+from valley_ray.errors import ConfigError
+
+
+def test_crops_of_many_sizes_are_refused_by_name(tmp_path: Path) -> None:
+    model = make_tiny_valley(tmp_path / "model")
+    path = model / "processor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["image_crop"]["fit"] = "keep"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "records.json").write_text(json.dumps([{"id": 0, "conversations": turns()}]), encoding="utf-8")
+    config = PipelineConfig(
+        records=(tmp_path / "records.json",), media_root=tmp_path, model=model, windows_dir=tmp_path / "windows"
+    )
+    with pytest.raises(ConfigError, match=r"image_crop\.fit=keep gives frames of many sizes.*crop or stretch"):
+        run_pipeline(config)
+
+
+def test_unknown_video_decoder_is_refused() -> None:
+    values = {"records": ["a.json"], "media_root": ".", "model": "m", "windows_dir": "w", "video_decoder": "opencv"}
+    with pytest.raises(ConfigError, match=r"video_decoder.*pyav"):
+        validate_config(PipelineConfig, values, source="test")

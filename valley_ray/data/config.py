@@ -1,0 +1,44 @@
+"""PipelineConfig: what a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from valley_ray.config import Config
+from valley_ray.fetch import FetchPolicy
+from valley_ray.media.decode import Backend
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.media.sandbox import SandboxLimits
+
+
+class PipelineConfig(Config):
+    """What is read, how it is cut and where it goes."""
+
+    records: tuple[Path, ...] = Field(min_length=1)
+    """Record files (LLaVA / Valley JSON lists), one after the other."""
+    media_root: Path
+    """Folder that the media names of the records are relative to; see `valley_ray.data.sources.places`."""
+    model: Path
+    """Model folder whose processor tokenizes and crops."""
+    windows_dir: Path
+    """Store of the windows: on a file system that all nodes and the trainers share."""
+    sampling: FrameSampling | None = None
+    """Frames taken from a video; None: as the processor says."""
+    seed: int | None = Field(default=None, ge=0)
+    """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
+    window_size: int = Field(default=256, ge=1)
+    """Samples per window. Trainers start after the first one."""
+    block_size: int = Field(default=32, ge=1)
+    """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
+    decode_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
+    max_decode_tasks: int | None = Field(default=None, ge=1)
+    """Decoding tasks at once; None: as many as fit, on a cluster of one node at most one per CPU."""
+    task_retries: int = Field(default=3, ge=0)
+    """How often a block is begun again after its worker or node died, before the pipeline fails."""
+    video_decoder: Backend = "pyav"
+    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, rotation, two streams)."""
+    sandbox: SandboxLimits = SandboxLimits()
+    """Time and memory for decoding one clip."""
+    fetch: FetchPolicy = FetchPolicy()
+    """What may be fetched for media named by a URL; local files are not limited by it."""
