@@ -1,0 +1,176 @@
+"""LoRA on the language model of a core: add, load, save, merge. Files are peft's, so that peft opens them too.
+
+Tower, projector, pooling and token tables are never adapted; what is trained of them is saved beside the adapter.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from safetensors.torch import save_file
+
+from valley_ray.config import Config
+from valley_ray.errors import CheckpointError
+from valley_ray.model.adapter_files import EXTRAS, Adapter, check_fit, read_adapter
+from valley_ray.model.core import ValleyCore
+
+ADAPTER_NAME = "default"
+"""peft's name of the one adapter."""
+
+DECODER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+"""Linear layers of a LLaMA block, in upstream's order (valley/train/train.py)."""
+
+
+class LoraSettings(Config):
+    """An adapter's shape; the defaults are upstream's (valley/train/train.py)."""
+
+    r: int = Field(16, ge=1)
+    """Rank."""
+    alpha: float = Field(32, gt=0)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Of what enters the adapter, while training."""
+    target_modules: tuple[str, ...] = Field(DECODER_PROJECTIONS, min_length=1)
+    """Names of the language model's linear layers, or their last parts."""
+
+
+def add_lora(core: ValleyCore, settings: LoraSettings) -> None:
+    """Put a fresh adapter into `core.language_model`, in place; it changes nothing before it is trained.
+
+    The language model's own weights are frozen, LoRA's are trainable; projector, pooling and tables are as before.
+
+    Raises:
+        CheckpointError: there is an adapter already, or no layer is called as `settings` says.
+    """
+    _refuse_second(core)
+    layers = _linear_layers(core)
+    absent = [name for name in settings.target_modules if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if absent:
+        raise CheckpointError(
+            f"target_modules: the language model has no linear layer called {', '.join(absent)}; "
+            f"it has {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}"
+        )
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    _inject(core, config)
+
+
+@torch.no_grad()
+def load_adapter(core: ValleyCore, folder: str | Path, *, allow_bin: bool = True) -> None:
+    """Put the adapter of `folder` (ours, peft's or the original's) into `core`, unmerged, to go on training it.
+
+    Raises:
+        CheckpointError: no adapter, one of another model or rank, or `core` has one already; `core` is unchanged then.
+    """
+    _refuse_second(core)
+    adapter = read_adapter(Path(folder), allow_bin=allow_bin)
+    layers = {name: module.weight.shape for name, module in _linear_layers(core).items()}
+    check_fit(adapter, layers)
+    extras = _fitting_extras(core, adapter)
+    _inject(core, _peft_config(adapter))
+    modules = _lora_layers(core)
+    for layer, pair in adapter.pairs.items():
+        modules[layer].lora_A[ADAPTER_NAME].weight.copy_(pair["A"])
+        modules[layer].lora_B[ADAPTER_NAME].weight.copy_(pair["B"])
+    for name, tensor in extras.items():
+        core.get_parameter(name).copy_(tensor)
+
+
+def save_adapter(core: ValleyCore, folder: str | Path, *, adapter_only: bool = False) -> None:
+    """Write the adapter of `core` in peft's layout, and beside it what else a LoRA stage trains.
+
+    `non_lora_trainables.safetensors` holds projector, pooling and input table. `adapter_only` leaves it out, as the
+    original's bare save does: the adapter then works only on a base that has them.
+
+    Raises:
+        CheckpointError: there is no adapter in `core`.
+    """
+    modules = _lora_layers(core)
+    if not modules:
+        raise CheckpointError("the core has no LoRA adapter to save; call add_lora or load_adapter first")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    matrices = {
+        f"base_model.model.{layer}.lora_{part}.weight": getattr(module, f"lora_{part}")[ADAPTER_NAME].weight
+        for layer, module in modules.items()
+        for part in "AB"
+    }
+    save_file(_contiguous(matrices), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if not adapter_only:
+        save_file(_contiguous(_extras(core)), folder / EXTRAS, metadata={"format": "pt"})
+    config: LoraConfig = core.language_model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path = core.config._name_or_path
+    config.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def merge_lora(core: ValleyCore) -> None:
+    """Merge the adapter into the language model's weights and take its layers out; nothing where there is none."""
+    for layer, module in _lora_layers(core).items():
+        module.merge(safe_merge=True)
+        parent, _, child = layer.rpartition(".")
+        setattr(core.language_model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(core.language_model, "peft_config"):
+        del core.language_model.peft_config
+
+
+def _inject(core: ValleyCore, config: LoraConfig) -> None:
+    """peft freezes everything that it is given but LoRA, and keeps a field for itself in the model."""
+    inject_adapter_in_model(config, core.language_model, adapter_name=ADAPTER_NAME)
+
+
+def _refuse_second(core: ValleyCore) -> None:
+    if _lora_layers(core):
+        raise CheckpointError("the core has a LoRA adapter already; call merge_lora first")
+
+
+def _lora_layers(core: ValleyCore) -> dict[str, Any]:
+    return {name: module for name, module in core.language_model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _linear_layers(core: ValleyCore) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in core.language_model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _peft_config(adapter: Adapter) -> LoraConfig:
+    """Names of layers as they are in the file: a pattern could match more of this model."""
+    known = {
+        name: adapter.config[name]
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type")
+        if name in adapter.config
+    }
+    return LoraConfig(**known, target_modules=sorted(adapter.pairs))
+
+
+def _extras(core: ValleyCore) -> dict[str, torch.Tensor]:
+    """What a LoRA stage can train beside the adapter, by its name in the core."""
+    table = core.get_input_embeddings().weight
+    return {
+        name: parameter
+        for name, parameter in core.named_parameters()
+        if parameter is table or not name.startswith("language_model.")
+    }
+
+
+def _fitting_extras(core: ValleyCore, adapter: Adapter) -> dict[str, torch.Tensor]:
+    expected = dict(core.named_parameters())
+    for name, tensor in adapter.extras.items():
+        if name not in expected or tensor.shape != expected[name].shape:
+            known = list(expected[name].shape) if name in expected else "no such weight"
+            raise CheckpointError(
+                f"{adapter.folder / EXTRAS}: {name} has shape {list(tensor.shape)}, the model has {known}; "
+                "the adapter is of another base model"
+            )
+    return adapter.extras
+
+
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
