@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from valley_ray.media.preprocess import Crop
 
 ROOT = Path(os.environ.get("VALLEY_PARITY", Path(__file__).parents[2].parent / "shared" / "parity"))
 
@@ -38,3 +40,13 @@ def expand_labels(input_ids: list[int], spans: list[list[int]]) -> npt.NDArray[n
     for start, end in spans:
         labels[start:end] = input_ids[start:end]
     return labels
+
+
+def crop_of(image_processor: dict[str, Any]) -> Crop:
+    """The crop that an image processor's settings ask for; its numbers of PIL's filters are 2 and 3."""
+    resample: Literal["bilinear", "bicubic"] = "bilinear" if image_processor["resample"] == 2 else "bicubic"
+    if image_processor["do_center_crop"]:
+        size, short_side = image_processor["crop_size"]["height"], image_processor["size"]["shortest_edge"]
+        return Crop(size=size, short_side=short_side, resample=resample, corner="floored")
+    assert image_processor["size"]["height"] == image_processor["size"]["width"]
+    return Crop(size=image_processor["size"]["height"], resample=resample, fit="stretch")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity_set import ROOT, load_json
+from parity_set import ROOT, crop_of, load_json
 
 from valley_ray.media import decode
 from valley_ray.media.preprocess import Crop, normalize
@@ -38,16 +38,6 @@ def sampling_of(kwargs):
     if kwargs.get("frame_mode") == "fps":
         return FrameSampling(fps=kwargs["fps_number"])
     return FrameSampling(num_frames=kwargs.get("fixed_frame_number", 8))
-
-
-def crop_of(config):
-    """The crop that an image processor's recorded settings ask for; its numbers of PIL's filters are 2 and 3."""
-    resample = {2: "bilinear", 3: "bicubic"}[config["resample"]]
-    if config["do_center_crop"]:
-        size, short_side = config["crop_size"]["height"], config["size"]["shortest_edge"]
-        return Crop(size=size, short_side=short_side, resample=resample, corner="floored")
-    assert config["size"]["height"] == config["size"]["width"]
-    return Crop(size=config["size"]["height"], resample=resample, fit="stretch")
 
 
 def statistics_of(config):
