@@ -1,12 +1,8 @@
 """ProcessorConfig: everything beside the tokenizer that decides which tokens and pixels come out.
 
-Saved beside the model as processor_config.json; a folder of upstream's layout has none, and gets what upstream does.
 Importing this module loads no torch.
 """
 
-import json
-from os import PathLike
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -14,12 +10,9 @@ from pydantic import Field, model_validator
 from valley_ray.chat.conversation import MediaKind
 from valley_ray.chat.style import BosToken
 from valley_ray.chat.templates import SYSTEM_PROMPT_V1, PromptStyle
-from valley_ray.config import Config, validate_config
-from valley_ray.errors import CheckpointError
+from valley_ray.config import Config
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
-
-CONFIG_FILE = "processor_config.json"
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
@@ -70,18 +63,3 @@ class ProcessorConfig(Config):
         if kind == "image":
             return FrameSampling(num_frames=1), self.image_crop
         return sampling or self.sampling, self.image_crop if is_folder else self.video_crop
-
-
-def read_processor_config(folder: str | PathLike[str]) -> ProcessorConfig:
-    """Open processor_config.json of a model folder; raises CheckpointError naming the file that does not fit."""
-    path = Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
-    values.pop("processor_class", None)
-    return validate_config(ProcessorConfig, values, source=str(path))

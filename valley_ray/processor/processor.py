@@ -6,11 +6,11 @@ it, and `fingerprint` names it all. Importing this module loads no torch. T fram
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,8 @@ from valley_ray.chat.tokens import Tokenizer, added_token_ids
 from valley_ray.errors import CheckpointError
 from valley_ray.media.preprocess import Crop, normalize
 from valley_ray.media.sampling import FrameSampling
-from valley_ray.processor.config import CONFIG_FILE, ProcessorConfig, read_processor_config
-from valley_ray.processor.tokenizer import open_tokenizer
+from valley_ray.processor.config import ProcessorConfig
+from valley_ray.processor.reading import CONFIG_FILE, open_tokenizer, read_processor_config
 
 if TYPE_CHECKING:
     import torch
@@ -103,9 +103,15 @@ class ValleyProcessor:
         return self.added_token_ids.pad
 
     @classmethod
-    def from_pretrained(cls, folder: str | PathLike[str]) -> "ValleyProcessor":
-        """Open the processor of a model folder; raises CheckpointError naming the file that does not fit."""
-        config = read_processor_config(folder)
+    def from_pretrained(
+        cls, folder: str | PathLike[str], *, settings: Mapping[str, Any] | None = None
+    ) -> "ValleyProcessor":
+        """Open the processor of a model folder, one of upstream's released layout included.
+
+        `settings` replace fields of its ProcessorConfig, for example ``{"prompt_style": "upstream-serve"}``. Raises
+        CheckpointError naming the file that does not fit, ConfigError naming the setting.
+        """
+        config = read_processor_config(folder, settings=settings)
         return cls(open_tokenizer(Path(folder)), config)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:

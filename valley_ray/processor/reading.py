@@ -1,0 +1,70 @@
+"""Reads the processor of a model folder: its own files, or what upstream's layout leaves unsaid."""
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from valley_ray.chat.tokens import Tokenizer
+from valley_ray.config import validate_config
+from valley_ray.errors import CheckpointError
+from valley_ray.processor.config import ProcessorConfig
+from valley_ray.processor.upstream import is_upstream_folder, tokenizer_folder, upstream_processor_config
+
+CONFIG_FILE = "processor_config.json"
+
+
+def read_processor_config(folder: str | PathLike[str], *, settings: Mapping[str, Any] | None = None) -> ProcessorConfig:
+    """Open processor_config.json of a model folder; a folder of upstream's layout has none and gets what upstream does.
+
+    `settings` replace fields of what is read. Raises CheckpointError naming the file that does not fit, ConfigError
+    naming the setting.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if path.is_file() or not is_upstream_folder(Path(folder)):
+        config = validate_config(ProcessorConfig, _values_of_file(path), source=str(path))
+    else:
+        config = upstream_processor_config(Path(folder))
+    if not settings:
+        return config
+    return validate_config(ProcessorConfig, {**config.model_dump(), **settings}, source="settings")
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """A model folder's tokenizer: tokenizer.json by transformers, else tokenizer.model by sentencepiece.
+
+    A LoRA folder without one takes that of its base. Raises CheckpointError naming the file that does not fit.
+    """
+    from valley_ray.chat.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+
+    folder = tokenizer_folder(folder)
+    if (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # tokenizers raises Exception itself, transformers whatever an odd file leads to
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{folder}: the tokenizer cannot be opened ({reason}); copy its files again"
+            ) from error
+        return tokenizer
+    if (folder / MODEL_FILE).is_file():
+        return SentencePieceTokenizer(folder)
+    raise CheckpointError(
+        f"{folder} has neither tokenizer.json nor {MODEL_FILE}; copy the tokenizer's files beside the model"
+    )
+
+
+def _values_of_file(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a model folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
+    values.pop("processor_class", None)
+    return values

@@ -1,0 +1,115 @@
+"""The processor that a model folder of upstream's released layout never wrote down: pixels and prompts as upstream's.
+
+Such a folder names its vision tower, whose preprocessor_config.json says how images are prepared; videos, prompt and
+stop string are fixed in upstream's code. Model rooms are imported where they are used: this must load no torch before.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from valley_ray.chat.templates import ANSWER_END, SYSTEM_PROMPT_CHINESE, SYSTEM_PROMPT_V1
+from valley_ray.config import validate_config
+from valley_ray.errors import CheckpointError
+from valley_ray.media.preprocess import Crop
+from valley_ray.processor.config import ProcessorConfig
+
+_ADAPTER_FILE = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_VIDEO_CROP_SIDE, _VIDEO_SHORT_SIDE = 224, 256
+"""valley/util/data_util.py, load_video; both grow with the side that another tower takes."""
+_RESAMPLE_OF_NUMBER: dict[Any, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+"""PIL's numbers, as preprocessor_config.json has them."""
+
+
+def is_upstream_folder(folder: Path) -> bool:
+    """Whether `folder` has upstream's layout: a config.json that names a tower, or a bare adapter."""
+    if not (folder / "config.json").is_file():
+        return (folder / _ADAPTER_FILE).is_file()
+    return "mm_vision_tower" in _read_values(folder / "config.json")
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a model folder lies: there, or in the base that a LoRA folder names.
+
+    Raises CheckpointError where a LoRA folder has none and its base is out of reach.
+    """
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES) or not (folder / _ADAPTER_FILE).is_file():
+        return folder
+    from valley_ray.model.folders import base_folder
+
+    base = base_folder(folder)
+    if base is None:
+        raise CheckpointError(
+            f"{folder} has no tokenizer, and the base that its {_ADAPTER_FILE} names is out of reach; "
+            f"copy {' or '.join(_TOKENIZER_FILES)} of the base into it"
+        )
+    return tokenizer_folder(base)
+
+
+def upstream_processor_config(folder: Path) -> ProcessorConfig:
+    """How upstream prepares media and asks for this model folder, in the prompt style of this house.
+
+    Raises CheckpointError where its vision tower or the tower's image settings cannot be used.
+    """
+    from valley_ray.model.towers import read_tower
+
+    tower = read_tower(folder)
+    config: Any = tower.config
+    side, is_chinese = int(config.image_size), "chinese" in tower.name
+    settings = tower.preprocessor or {}
+    values = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
+    values |= {
+        "num_patches": (side // int(config.patch_size)) ** 2,
+        "video_crop": Crop(size=side, short_side=round(_VIDEO_SHORT_SIDE * side / _VIDEO_CROP_SIDE)),
+        "image_crop": _image_crop(settings, side=side, stretches=is_chinese, name=tower.name),
+        "system_prompt": SYSTEM_PROMPT_CHINESE if is_chinese else SYSTEM_PROMPT_V1,
+        "stop_strings": (ANSWER_END,),
+        "max_length": _max_length(folder),
+    }
+    return validate_config(ProcessorConfig, values, source=f"{tower.name}: preprocessor_config.json")
+
+
+def _image_crop(settings: dict[str, Any], *, side: int, stretches: bool, name: str) -> Crop:
+    """A Hugging Face image processor's settings as a crop; without any, what CLIP's or ChineseCLIP's do."""
+    square = {"height": side, "width": side}
+    size = settings.get("size", square if stretches else side)
+    if isinstance(size, int):
+        size = square if stretches else {"shortest_edge": size}
+    cut = settings.get("crop_size", side)
+    cut = {"height": cut, "width": cut} if isinstance(cut, int) else cut
+    resample = _RESAMPLE_OF_NUMBER.get(settings.get("resample", 3))
+    does_cut = settings.get("do_center_crop", not stretches)
+    if resample is not None and size == square and (not does_cut or cut == square):
+        return Crop(size=side, fit="stretch", resample=resample)
+    if resample is not None and set(size) == {"shortest_edge"} and does_cut and cut == square:
+        return Crop(size=side, short_side=size["shortest_edge"], resample=resample, corner="floored")
+    raise CheckpointError(
+        f"the preprocessor_config.json of {name} has {size=}, crop_size={cut}, do_center_crop={does_cut} and "
+        f"resample={settings.get('resample')}; expected a resize to {side} and a square of {side} by bilinear or "
+        "bicubic, which is what the tower takes"
+    )
+
+
+def _max_length(folder: Path) -> int:
+    """The shorter of what the tokenizer and the language model say; 2048 where neither does."""
+    where = tokenizer_folder(folder)
+    said = []
+    for path, key in (
+        (where / "tokenizer_config.json", "model_max_length"),
+        (folder / "config.json", "max_position_embeddings"),
+        (where / "config.json", "max_position_embeddings"),
+    ):
+        if path.is_file() and isinstance(value := _read_values(path).get(key), int | float) and value >= 1:
+            said.append(int(value))
+    return min(said, default=2048)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(values).__name__}")
+    return values
