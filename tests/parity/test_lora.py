@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from parity_forward import forward_inputs
 from parity_model import open_variant, stored_clips
 from parity_set import ROOT, expand_ids, load_json
 
@@ -16,9 +17,6 @@ from valley_ray.model.lora import load_adapter, merge_lora, save_adapter
 
 ATOL, RTOL = 1e-3, 1e-4
 """The set's README; measured noise between float32 and float64 is 2e-5."""
-
-LAST = 8
-"""Positions of a row whose whole logits are recorded."""
 
 
 def merged_records() -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -38,42 +36,22 @@ def adapter_folders() -> list[Path]:
     return sorted(path.parent for path in (ROOT / "checkpoints").glob("*/adapter_config.json"))
 
 
-def forward_case(base: str, input_ids: np.ndarray) -> tuple[dict[str, Any], torch.Tensor] | None:
-    """Record and labels of the forward case of `base` that has these ids."""
-    arrays = np.load(ROOT / f"forward_{base}.npz")
-    for name, record in load_json("forward.json")[base]["cases"].items():
-        key = f"{name}.input_ids"
-        if "lengths" in record and key in arrays and np.array_equal(arrays[key], input_ids):
-            return record, torch.from_numpy(arrays[f"{name}.labels"]).long()
-    return None
-
-
-@torch.no_grad()
 def test_merged_logits_and_loss_equal_the_recorded_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arrays = np.load(ROOT / "train.npz") if (ROOT / "train.npz").is_file() else {}
     for name, (folder, record) in merged_records().items():
         if f"{name}.last8_logits" not in arrays:
             continue
-        input_ids = arrays[f"{name}.input_ids"]
-        case = forward_case(base_name(folder), input_ids)
-        if case is None:
-            continue
-        recorded, labels = case
+        ids, last = torch.from_numpy(arrays[f"{name}.input_ids"]), arrays[f"{name}.last8_logits"]
         model = ValleyForConditionalGeneration.from_pretrained(folder, splice="upstream")
-        ids = torch.from_numpy(input_ids).long()
-        mask = (torch.arange(ids.shape[1])[None] < torch.tensor(recorded["lengths"])[:, None]).long()
-        clips = stored_clips(base_name(folder))
-        is_text = ~(ids == model.config.im_patch_token_id).any(dim=1)
-        media = [
-            torch.zeros(shape) if text else clips[shape[0]]
-            for shape, text in zip(recorded["images"], is_text, strict=True)
-        ]
-        output = model(ids, mask, pixel_values=media, labels=labels)
-        np.testing.assert_allclose(output.loss.item(), record["loss"], atol=ATOL, rtol=RTOL, err_msg=name)
-        for row, length in enumerate(recorded["lengths"]):
-            came, expected = output.logits[row, length - LAST : length], arrays[f"{name}.last8_logits"][row]
-            np.testing.assert_allclose(came, expected, atol=ATOL, rtol=RTOL, err_msg=f"{name} row {row}")
+        for given in forward_inputs(base_name(folder)):
+            if not torch.equal(given.input_ids, ids.long()):
+                continue
+            output = given.run(model)
+            np.testing.assert_allclose(output.loss.item(), record["loss"], atol=ATOL, rtol=RTOL, err_msg=name)
+            for row, length in enumerate(given.lengths):
+                came = output.logits[row, length - last.shape[1] : length]
+                np.testing.assert_allclose(came, last[row], atol=ATOL, rtol=RTOL, err_msg=f"{name} row {row}")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from valley_ray.model.folders import base_folder, read_json
 from valley_ray.model.towers import read_tower
 from valley_ray.model.weight_files import find_files, listed, read_weights
 
-__all__ = ["base_folder", "load_folder", "our_name", "their_name"]
+__all__ = ["base_folder", "load_folder", "our_name", "read_config", "their_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +104,13 @@ def _is_plain(folder: Path) -> bool:
     """Whether the folder is of our layout, without an adapter."""
     if (folder / "adapter_config.json").is_file():
         return False
-    return "mm_vision_tower" not in _read_config(folder)
+    return "mm_vision_tower" not in read_config(folder)
 
 
 def _open(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opened:
     if not (folder / "config.json").is_file():
         return _open_adapter(folder, allow_bin=allow_bin, base=base)
-    values = _read_config(folder)
+    values = read_config(folder)
     state = read_weights(find_files(folder, allow_bin=allow_bin))
     if "mm_vision_tower" not in values:
         return _Opened(_read_our_config(folder), state, _generation_config(folder))
@@ -141,7 +141,7 @@ def _open_adapter(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opene
     return replace(opened, state=merge_adapter(opened.state, read_adapter(folder, allow_bin=allow_bin)))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Valley model of either layout."""
     path = folder / "config.json"
     config = read_json(path)
@@ -154,7 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_our_config(folder: Path) -> ValleyConfig:
     """Without a part's configuration its default would be built, which is a LLaMA of 7 billion random weights."""
     path = folder / "config.json"
-    values = _read_config(folder)
+    values = read_config(folder)
     absent = [name for name in ("text_config", "vision_config") if not isinstance(values.get(name), dict)]
     if absent:
         raise CheckpointError(f"{path}: expected a mapping under {' and '.join(absent)}; copy the file again")
