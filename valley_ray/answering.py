@@ -25,12 +25,24 @@ _UNSETTLED = re.compile(r"\s*[!-~]*\ufffd*\s*$")
 
 
 def load_model(
-    folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    splice: str | None = None,
+    allow_bin: bool = True,
+    base: str | Path | None = None,
 ) -> ValleyForConditionalGeneration:
-    """Open the weights of a model folder for inference; `dtype` None means float32 on a CPU, else the folder's own."""
+    """Open the weights of a model folder for inference; `dtype` None means float32 on a CPU, else the folder's own.
+
+    `splice`, `allow_bin` and `base` are those of `ValleyForConditionalGeneration.from_pretrained`. Raises
+    CheckpointError where the folder cannot be opened.
+    """
     if dtype is None and device == "cpu":
         dtype = torch.float32
-    model = ValleyForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    model = ValleyForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype or "auto", splice=splice, allow_bin=allow_bin, base=base
+    )
     model.to(device).eval()
     return model
 
@@ -89,23 +101,81 @@ def complete_params(
 class TextStream:
     """Tokens become text deltas that are never contradicted: their concatenation is the text of the whole answer.
 
-    A word in progress and an incomplete UTF-8 character are held back until a later token settles them.
+    A word in progress, an incomplete UTF-8 character and what may become a stop string are held back until a later
+    token settles them; nothing of a stop string or after it is ever sent.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop_token_ids: Sequence[int]) -> None:
-        self._decode, self._stop_token_ids = decode, stop_token_ids
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop_token_ids: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        *,
+        skip_first_token: bool = False,
+        clean: Callable[[str], str] = str.strip,
+    ) -> None:
+        """Set up for one answer.
+
+        Args:
+            decode: token ids → their text, neither cut nor stripped.
+            stop_token_ids: tokens that end an answer and are no text.
+            stop_strings: texts that end an answer, wherever tokens cut them.
+            skip_first_token: upstream's rule (valley/util/data_util.py, KeywordsStoppingCriteria): the search starts
+                with the second token, and what it finds stays in the text that `clean` gets.
+            clean: text of the answer so far → what is shown of it.
+        """
+        self._decode, self._stop_token_ids, self._clean = decode, stop_token_ids, clean
+        self._stop_strings, self._skip_first_token = tuple(stop_strings), skip_first_token
         self._token_ids: list[int] = []
+        self._num_pushed = 0
         self._sent = ""
+        self.stopped = False
+        """A stop string came: the request has to be aborted, its finish reason is "stop"."""
 
     def push(self, event: TokenEvent) -> str:
         """The text that became certain with this token; with the last token, all the rest."""
+        assert not self.stopped, "the answer has ended with a stop string"
+        self._num_pushed += 1
         if event.token_id not in self._stop_token_ids:
             self._token_ids.append(event.token_id)
         text = self._decode(self._token_ids)
-        if event.finish_reason is None:
-            text = _UNSETTLED.sub("", text)
+        found = [position for stop in self._stop_strings if (position := text.find(stop)) >= 0]
+        self.stopped = bool(found) and (self._num_pushed > 1 or not self._skip_first_token)
+        if self.stopped and not self._skip_first_token:
+            text = text[: min(found)]
+        elif not self.stopped and event.finish_reason is None:
+            text = self._settled(text)
+        text = self._clean(text)
         if not text.startswith(self._sent):
             return ""  # a tokenizer that rewrites settled text: what was sent stands
         delta = text[len(self._sent) :]
         self._sent = text
         return delta
+
+    @property
+    def text(self) -> str:
+        """All deltas so far."""
+        return self._sent
+
+    def _settled(self, text: str) -> str:
+        """The part that no further token changes and that is no beginning of a stop string."""
+        whole_characters = text.rstrip("\ufffd")
+        num_held_back = max((_overlap(whole_characters, stop) for stop in self._stop_strings), default=0)
+        end = len(whole_characters) - num_held_back
+        return text[: min(end, len(_UNSETTLED.sub("", text)))]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((length for length in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def open_text_stream(processor: ValleyProcessor, params: SamplingParams, stop: Sequence[str] = ()) -> TextStream:
+    """The text of one answer: it ends with the processor's own stop strings or one of `stop`."""
+    return TextStream(
+        processor.decode_raw,
+        params.stop_token_ids,
+        (*processor.stop_strings, *stop),
+        skip_first_token=processor.config.stop_skips_first_token,
+        clean=processor.clean_answer,
+    )

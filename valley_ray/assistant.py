@@ -1,11 +1,14 @@
 """Assistant: questions about videos and images become answers, in one process: processor + model + engine.
 
+    with Assistant.from_pretrained("path/to/model") as assistant:
+        print(assistant.ask("What is moving?", video="clip.mp4").text)
+
 It is the oracle that the server is tested against; its own oracle is Hugging Face `generate`. Knows no Ray.
 T frames, P patch tokens, D hidden width of the language model.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +22,14 @@ from valley_ray.answering import (
     complete_params,
     encode_visual_tokens,
     load_model,
+    open_text_stream,
 )
 from valley_ray.chat.conversation import Conversation, MediaPart, from_openai
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams
 from valley_ray.engine.slots import SlotEngine
-from valley_ray.errors import ValleyError
+from valley_ray.errors import ConversationError, ValleyError
 from valley_ray.fetch import FetchPolicy, fetch, media_key
+from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox, SandboxLimits
 from valley_ray.model.valley import ValleyForConditionalGeneration
@@ -34,27 +39,46 @@ _NUM_KEPT_MEDIA = 64
 """Visual tokens kept for further questions about the same media."""
 
 
+Locator = str | Path
+"""A path, or what else `fetch` knows (data: URIs)."""
+Question = str | Sequence[Mapping[str, Any]]
+"""A text, or OpenAI-style messages that bring history, media and system prompt (`chat.conversation.from_openai`)."""
+
+
 @dataclass(frozen=True)
 class AskInput:
-    """One question, with at most one video and one image; paths, or locators that `fetch` knows (data: URIs)."""
+    """One question, with at most one video and any number of images; or a whole conversation as messages."""
 
-    question: str
-    video: str | Path | None = None
-    image: str | Path | None = None
+    question: Question
+    video: Locator | None = None
+    image: Locator | Sequence[Locator] | None = None
+    """One image or several, in the order in which the question names them."""
     sampling: FrameSampling | None = None
     """None: the processor's own."""
     params: SamplingParams | None = None
     """None: greedy, up to 128 tokens or as many as fit. Without stop tokens it stops at the model's."""
     system_prompt: str | None = None
     """None: the processor's own."""
+    stop: Sequence[str] = ()
+    """Texts that end the answer, beside the processor's own; they are no part of it."""
 
     def conversation(self) -> tuple[Conversation, list[MediaPart]]:
-        """Media first, then the question: the same turns as an OpenAI request of these parts gives."""
+        """Media first, then the question: the same turns as an OpenAI request of these parts gives.
+
+        Raises ConversationError as `from_openai`, or where media or a system prompt are named beside messages.
+        """
+        if not isinstance(self.question, str):
+            if (self.video, self.image, self.system_prompt) != (None, None, None):
+                raise ConversationError(
+                    "messages bring their own media and system prompt, but video, image or system_prompt came beside "
+                    "them; put a video_url or image_url part or a system message into the messages"
+                )
+            return from_openai(self.question)
+        images = [self.image] if isinstance(self.image, str | Path) else self.image or []
         parts: list[dict[str, Any]] = []
         if self.video is not None:
             parts.append({"type": "video_url", "video_url": {"url": str(self.video)}})
-        if self.image is not None:
-            parts.append({"type": "image_url", "image_url": {"url": str(self.image)}})
+        parts += [{"type": "image_url", "image_url": {"url": str(image)}} for image in images]
         parts.append({"type": "text", "text": self.question})
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         return from_openai([*system, {"role": "user", "content": parts}])
@@ -85,12 +109,13 @@ class Assistant:
         num_slots: int = 16,
         policy: FetchPolicy | None = None,
         sandbox_limits: SandboxLimits | None = None,
+        decoder: Backend = "pyav",
     ) -> None:
         self.model, self.processor = model.eval(), processor
         self._engine = SlotEngine(model.core, num_slots=num_slots, max_length=processor.max_length)
         self._num_slots = num_slots
         self._policy = policy or FetchPolicy()
-        self._sandbox_limits = sandbox_limits or SandboxLimits()
+        self._sandbox_limits, self._decoder = sandbox_limits or SandboxLimits(), decoder
         self._sandbox: Sandbox | None = None
         self._visual_tokens: OrderedDict[tuple[str, ...], torch.Tensor] = OrderedDict()
 
@@ -101,18 +126,30 @@ class Assistant:
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
-        num_slots: int = 16,
-        policy: FetchPolicy | None = None,
-        sandbox_limits: SandboxLimits | None = None,
+        settings: Mapping[str, Any] | None = None,
+        splice: str | None = None,
+        base: str | Path | None = None,
+        **options: Any,
     ) -> Self:
-        """Open a model folder; `dtype` None means float32 on a CPU and the folder's own elsewhere.
+        """Open a model folder, one of upstream's released layout included.
 
-        Raises CheckpointError where the folder cannot be opened.
+        Args:
+            folder: what `valley_ray.convert` or training wrote, or upstream released.
+            device: where the model runs, as torch names it.
+            dtype: None means float32 on a CPU and the folder's own elsewhere.
+            settings: fields of ProcessorConfig to change, for example ``{"prompt_style": "upstream-serve"}``.
+            splice: replaces the model's rule of how visual tokens meet placeholders; see model/splice.py.
+            base: folder under a LoRA folder, where the one that it names is out of reach.
+            options: as `Assistant` takes them: num_slots, policy, sandbox_limits, decoder.
+
+        Raises:
+            CheckpointError: the folder cannot be opened.
+            ConfigError: a setting that there is not.
         """
-        model = load_model(folder, device=device, dtype=dtype)
-        processor = ValleyProcessor.from_pretrained(folder)
+        model = load_model(folder, device=device, dtype=dtype, splice=splice, base=base)
+        processor = ValleyProcessor.from_pretrained(folder if base is None else base, settings=settings)
         check_fit(model.config, processor)
-        return cls(model, processor, num_slots=num_slots, policy=policy, sandbox_limits=sandbox_limits)
+        return cls(model, processor, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -128,33 +165,38 @@ class Assistant:
 
     def ask(
         self,
-        question: str,
+        question: Question,
         *,
-        video: str | Path | None = None,
-        image: str | Path | None = None,
+        video: Locator | None = None,
+        image: Locator | Sequence[Locator] | None = None,
         sampling: FrameSampling | None = None,
         params: SamplingParams | None = None,
         system_prompt: str | None = None,
+        stop: Sequence[str] = (),
     ) -> Answer:
-        """Answer one question; raises the ValleyError that names what is wrong with media or question."""
-        [answer] = self.answer_batch([AskInput(question, video, image, sampling, params, system_prompt)])
+        """Answer one question, or the last of OpenAI-style messages.
+
+        Raises the ValleyError that names what is wrong with media or question.
+        """
+        [answer] = self.answer_batch([AskInput(question, video, image, sampling, params, system_prompt, stop)])
         if answer.error is not None:
             raise answer.error
         return answer
 
     def stream(
         self,
-        question: str,
+        question: Question,
         *,
-        video: str | Path | None = None,
-        image: str | Path | None = None,
+        video: Locator | None = None,
+        image: Locator | Sequence[Locator] | None = None,
         sampling: FrameSampling | None = None,
         params: SamplingParams | None = None,
         system_prompt: str | None = None,
+        stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Text deltas of one answer; joined they are `ask(...).text`. Errors come before the first delta."""
-        prompt, params = self._prepare(AskInput(question, video, image, sampling, params, system_prompt))
-        text = TextStream(self.processor.decode, params.stop_token_ids)
+        prompt, params = self._prepare(AskInput(question, video, image, sampling, params, system_prompt, stop))
+        text = open_text_stream(self.processor, params, stop)
         request_id = self._engine.add(prompt, params)
         return self._deltas(request_id, text)
 
@@ -172,7 +214,8 @@ class Assistant:
             answers.append(None)
             try:
                 prompt, params = self._prepare(ask)
-                running[self._engine.add(prompt, params)] = _Running(len(answers) - 1, prompt, params, [])
+                text = open_text_stream(self.processor, params, ask.stop)
+                running[self._engine.add(prompt, params)] = _Running(len(answers) - 1, prompt, text, [])
             except ValleyError as error:
                 answers[-1] = Answer("", (), None, error=error)
             while self._engine.num_unfinished >= self._num_slots:
@@ -185,22 +228,25 @@ class Assistant:
         for event in self._engine.step():
             one = running[event.request_id]
             one.token_ids.append(event.token_id)
-            if event.finish_reason is not None:
-                shown = [token for token in one.token_ids if token not in one.params.stop_token_ids]
-                answers[one.place] = Answer(
-                    self.processor.decode(shown),
-                    tuple(one.token_ids),
-                    event.finish_reason,
-                    num_prompt_tokens=len(one.prompt.input_ids),
-                )
-                del running[event.request_id]
+            one.text.push(event)
+            if event.finish_reason is None and not one.text.stopped:
+                continue
+            self._engine.abort(event.request_id)
+            reason: FinishReason | None = "stop" if one.text.stopped else event.finish_reason
+            num_prompt_tokens = len(one.prompt.input_ids)
+            answers[one.place] = Answer(one.text.text, tuple(one.token_ids), reason, num_prompt_tokens)
+            del running[event.request_id]
 
     def _deltas(self, request_id: str, text: TextStream) -> Iterator[str]:
         try:
             while self._engine.num_unfinished:
                 for event in self._engine.step():
-                    if event.request_id == request_id and (delta := text.push(event)):
+                    if event.request_id != request_id:
+                        continue
+                    if delta := text.push(event):
                         yield delta
+                    if text.stopped:
+                        return
         finally:
             self._engine.abort(request_id)
 
@@ -213,11 +259,12 @@ class Assistant:
     def _look_at(self, part: MediaPart, sampling: FrameSampling | None) -> torch.Tensor:
         """[P + T, D] of one video or image, kept for the next question about it."""
         fetched = fetch(part.url, self._policy)
-        sampling, crop = self.processor.config.media_plan(part.kind, sampling)
+        is_folder = isinstance(fetched.source, Path) and fetched.source.is_dir()
+        sampling, crop = self.processor.config.media_plan(part.kind, sampling, is_folder=is_folder)
         key = (media_key(fetched), part.kind, sampling.key)
         if key not in self._visual_tokens:
             if self._sandbox is None:
-                self._sandbox = Sandbox(limits=self._sandbox_limits)
+                self._sandbox = Sandbox(limits=self._sandbox_limits, backend=self._decoder)
             frames = self._sandbox.frames(fetched.source, sampling, crop=crop, name=fetched.name)
             self._visual_tokens[key] = encode_visual_tokens(self.model, self.processor, [frames.frames_THWC])[0]
             if len(self._visual_tokens) > _NUM_KEPT_MEDIA:
@@ -230,5 +277,5 @@ class Assistant:
 class _Running:
     place: int
     prompt: Prompt
-    params: SamplingParams
+    text: TextStream
     token_ids: list[int]

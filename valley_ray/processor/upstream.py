@@ -58,7 +58,7 @@ def upstream_processor_config(folder: Path) -> ProcessorConfig:
     config: Any = tower.config
     side, is_chinese = int(config.image_size), "chinese" in tower.name
     settings = tower.preprocessor or {}
-    values = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
+    values: dict[str, Any] = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
     values |= {
         "num_patches": (side // int(config.patch_size)) ** 2,
         "video_crop": Crop(size=side, short_side=round(_VIDEO_SHORT_SIDE * side / _VIDEO_CROP_SIDE)),

@@ -9,7 +9,8 @@ from contextlib import aclosing
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import TextStream, build_prompt, check_fit, complete_params, load_model
+from valley_ray.answering import build_prompt, check_fit, complete_params, load_model, open_text_stream
+from valley_ray.engine.engine import FinishReason
 from valley_ray.engine.slots import SlotEngine
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.calls import PullCache, unwrapped
@@ -25,7 +26,7 @@ class LanguageDecoder:
 
     def __init__(self, config: ServeConfig, encoder: DeploymentHandle) -> None:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        model = load_model(config.model, device=config.decoder.device, dtype=dtype)
+        model = load_model(config.model, device=config.decoder.device, dtype=dtype, allow_bin=config.allow_bin)
         # The encoders hold the vision tower; here it would only take memory.
         core, model_config = model.core, model.config
         del model
@@ -34,7 +35,7 @@ class LanguageDecoder:
         self._default_sampling = config.sampling or self._processor.sampling
         self._max_length = config.max_length or self._processor.max_length
         engine = SlotEngine(core, num_slots=config.num_slots, max_length=self._max_length)
-        self._thread = EngineThread(engine)
+        self._thread, self._num_stopped = EngineThread(engine), 0
         self._encoder = encoder
         self._cache: PullCache[torch.Tensor] = PullCache(config.decoder_cache_bytes, lambda tokens: tokens.nbytes)
 
@@ -49,15 +50,19 @@ class LanguageDecoder:
         prompt = build_prompt(self._processor, request.conversation, visual_tokens)
         fit_into = self._max_length if request.fit_max_tokens else None
         params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
-        stream = TextStream(self._processor.decode, params.stop_token_ids)
+        stream = open_text_stream(self._processor, params)
         text, num_tokens = "", 0
         async with aclosing(self._thread.generate(prompt, params)) as events:
             async for event in events:
                 num_tokens += 1
                 text += stream.push(event)
-                if event.finish_reason is not None or (request.stream and text):
-                    yield AnswerDelta(text, len(prompt.input_ids), num_tokens, event.finish_reason)
+                reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
+                if reason is not None or (request.stream and text):
+                    yield AnswerDelta(text, len(prompt.input_ids), num_tokens, reason)
                     text = ""
+                if stream.stopped:
+                    self._num_stopped += event.finish_reason is None
+                    break
         logger.info(
             "request %s: %d prompt tokens, %d new, media %.3f s, answer %.3f s",
             request.request_id,
@@ -83,7 +88,8 @@ class LanguageDecoder:
             "num_hits": self._cache.num_hits,
             "num_misses": self._cache.num_misses,
             "num_unfinished": self._thread.num_unfinished,
-            "num_abandoned": self._thread.num_abandoned,
+            # A request that a stop string ended is aborted as well, and not abandoned by anybody.
+            "num_abandoned": max(0, self._thread.num_abandoned - self._num_stopped),
         }
 
     def check_health(self) -> None:
