@@ -37,7 +37,7 @@ class PipelineConfig(Config):
     task_retries: int = Field(default=3, ge=0)
     """How often a block is begun again after its worker or node died, before the pipeline fails."""
     video_decoder: Backend = "pyav"
-    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, rotation, two streams)."""
+    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, HEVC, 10 bits)."""
     sandbox: SandboxLimits = SandboxLimits()
     """Time and memory for decoding one clip."""
     fetch: FetchPolicy = FetchPolicy()

@@ -64,7 +64,7 @@ class ServeConfig(Config):
     sandbox: SandboxLimits = SandboxLimits()
     """Time and memory of decoding one file."""
     video_decoder: Backend = "pyav"
-    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, rotation, two streams)."""
+    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, HEVC, 10 bits)."""
 
     sampling: FrameSampling | None = None
     """Frames of a video where the request does not say; None: the model folder's own."""
