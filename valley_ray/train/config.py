@@ -1,15 +1,29 @@
 """What a training run is: the model it starts from, its data, its stages, its workers. Knows no torch and no Ray."""
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from valley_ray.config import Config
 from valley_ray.errors import ConfigError
 
-Part = Literal["projector", "temporal", "new_embeddings", "embeddings", "language_model"]
-"""A set of parameters that a stage can train; `valley_ray.train.stages` says which parameters each one holds."""
+Part = Literal["projector", "temporal", "new_embeddings", "embeddings", "layers", "lm_head", "language_model", "lora"]
+"""A set of parameters that a stage can train; `valley_ray.train.stages.holders` says which parameters each one holds.
+
+temporal: weights of the pooling; new_embeddings: rows of the seven added tokens; layers: decoder blocks and final norm;
+language_model: embeddings, layers and lm_head; lora: adapters of the language model's layers."""
+
+Parts = tuple[Part, ...]
+
+Preset = Literal["valley-stage1", "valley-stage2", "valley-stage2-lora"]
+
+PRESETS: dict[str, Parts] = {
+    "valley-stage1": ("projector", "embeddings"),
+    "valley-stage2": ("projector", "embeddings", "layers", "temporal"),
+    "valley-stage2-lora": ("projector", "embeddings", "lora"),
+}
+"""What the original's three training scripts train (parity note 21); temporal only where the pooling has weights."""
 
 
 class StageConfig(Config):
@@ -17,8 +31,8 @@ class StageConfig(Config):
 
     name: str = Field(min_length=1)
     """Shown in metrics, progress lines and timings."""
-    trainable: tuple[Part, ...] = Field(min_length=1)
-    """Parts that are trained; everything else is frozen. The vision tower always is."""
+    trainable: tuple[Part | Preset, ...] = Field(min_length=1)
+    """Parts that are trained, or names of presets; everything else is frozen. The vision tower always is."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of every trained part that `learning_rates` does not name."""
     learning_rates: dict[Part, float] = Field(default_factory=dict)
@@ -44,10 +58,24 @@ class StageConfig(Config):
     def _check(self) -> Self:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(f"set exactly one of epochs and max_steps, got {self.epochs=} {self.max_steps=}")
-        unknown = sorted(set(self.learning_rates) - set(self.trainable))
+        unknown = sorted(set(self.learning_rates) - self.parts)
         if unknown:
             raise ValueError(f"learning_rates names parts that this stage does not train: {', '.join(unknown)}")
+        if "new_embeddings" in self.parts and (whole := sorted({"embeddings", "language_model"} & self.parts)):
+            raise ValueError(
+                f"new_embeddings are rows of the table that {', '.join(whole)} trains whole; leave one out"
+            )
         return self
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _one_name(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """Trained parts, presets written out."""
+        return frozenset(part for name in self.trainable for part in cast("Parts", PRESETS.get(name, (name,))))
 
 
 class DataConfig(Config):

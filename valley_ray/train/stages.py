@@ -25,18 +25,13 @@ def prepare_stage(core: ValleyCore, stage: StageConfig) -> tuple[ParameterGroup,
     """Mark what `stage` trains in `core` (`requires_grad`) and return it as optimizer groups.
 
     Raises:
-        ConfigError: a part of the stage has no parameters in this model.
+        ConfigError: a part that the stage names has no parameters in this model.
     """
-    embedding = core.language_model.get_input_embeddings().weight
-    parts = {name: _part(name, parameter is embedding, stage) for name, parameter in core.named_parameters()}
-    missing = sorted(set(stage.trainable) - set(parts.values()))
-    if missing:
-        raise ConfigError(
-            f"stage {stage.name} trains {', '.join(missing)}, which this model does not have; leave it out"
-        )
+    parts = {name: holders(core, name, parameter) for name, parameter in core.named_parameters()}
+    _check_parts(stage, {part for held_by in parts.values() for part in held_by})
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in core.named_parameters():
-        part = parts[name]
+        part = next((part for part in parts[name] if part in stage.parts), None)
         parameter.requires_grad_(part is not None)
         if part is None:
             continue
@@ -51,6 +46,24 @@ def prepare_stage(core: ValleyCore, stage: StageConfig) -> tuple[ParameterGroup,
     )
 
 
+def holders(core: ValleyCore, name: str, parameter: nn.Parameter) -> tuple[Part, ...]:
+    """The parts that parameter `name` of `core` belongs to, the narrowest first.
+
+    A head that shares the input embedding's table belongs to the embedding's parts.
+    """
+    if name.startswith("mm_projector."):
+        return ("projector",)
+    if name.startswith("pooling."):
+        return ("temporal",)
+    if ".lora_" in name:
+        return ("lora",)
+    if parameter is core.language_model.get_input_embeddings().weight:
+        return ("embeddings", "language_model", "new_embeddings")
+    if parameter is core.language_model.get_output_embeddings().weight:
+        return ("lm_head", "language_model")
+    return ("layers", "language_model")
+
+
 def learning_rate_scale(step: int, num_steps: int, stage: StageConfig) -> float:
     """Share of the peak learning rate at `step` (0-based) of `num_steps`: linear warm-up whose first step is not
     zero, then constant or a cosine that reaches zero after the last step."""
@@ -63,16 +76,15 @@ def learning_rate_scale(step: int, num_steps: int, stage: StageConfig) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _part(name: str, is_embedding: bool, stage: StageConfig) -> Part | None:
-    """The part of `stage` that holds parameter `name`, or None for a frozen one."""
-    held_by: tuple[Part, ...] = ("temporal",)
-    if name.startswith("mm_projector."):
-        held_by = ("projector",)
-    elif is_embedding:
-        held_by = ("language_model", "embeddings", "new_embeddings")
-    elif name.startswith("language_model."):
-        held_by = ("language_model",)
-    return next((part for part in held_by if part in stage.trainable), None)
+def _check_parts(stage: StageConfig, available: set[Part]) -> None:
+    """A pooling without weights is what presets allow for; whoever writes `temporal` out expects some."""
+    missing = stage.parts - available
+    if "temporal" not in stage.trainable:
+        missing -= {"temporal"}
+    if missing:
+        raise ConfigError(
+            f"stage {stage.name} trains {', '.join(sorted(missing))}, which this model does not have; leave it out"
+        )
 
 
 def _new_token_ids(core: ValleyCore) -> list[int]:

@@ -73,3 +73,39 @@ def test_a_part_that_the_model_lacks_is_named(tiny_valley: Path) -> None:
     core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
     with pytest.raises(ConfigError, match="trains temporal, which this model does not have"):
         prepare_stage(core, make_stage(trainable=("projector", "temporal")))
+
+
+def test_parts_of_the_language_model_are_named_one_by_one(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    (group,) = prepare_stage(core, make_stage(trainable=("lm_head",)))
+    assert group.names == ("language_model.lm_head.weight",)
+    (group,) = prepare_stage(core, make_stage(trainable=("layers",)))
+    everything = {name for name, _ in core.named_parameters() if name.startswith("language_model.")}
+    assert everything - set(group.names) == {
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+    }
+
+
+def test_a_narrow_part_has_its_rate_within_a_wide_one(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    stage = make_stage(trainable=("language_model", "lm_head"), learning_rates={"lm_head": 7e-3})
+    rates = {name: group.learning_rate for group in prepare_stage(core, stage) for name in group.names}
+    assert rates["language_model.lm_head.weight"] == 7e-3
+    assert rates["language_model.model.embed_tokens.weight"] == 1e-3
+
+
+def test_presets_train_what_the_original_scripts_train(tiny_valley: Path) -> None:
+    core = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    (group,) = prepare_stage(core, make_stage(trainable="valley-stage1"))
+    embedding = "language_model.model.embed_tokens.weight"
+    assert set(group.names) == {"mm_projector.weight", "mm_projector.bias", embedding}
+    (group,) = prepare_stage(core, make_stage(trainable="valley-stage2"))
+    assert {name for name, _ in core.named_parameters()} - set(group.names) == {"language_model.lm_head.weight"}
+    with pytest.raises(ConfigError, match="trains lora, which this model does not have"):
+        prepare_stage(core, make_stage(trainable="valley-stage2-lora"))
+
+
+def test_rows_of_a_table_that_is_trained_whole_are_refused() -> None:
+    with pytest.raises(ValueError, match="new_embeddings are rows of the table that language_model trains whole"):
+        make_stage(trainable=("new_embeddings", "language_model"))
