@@ -21,10 +21,20 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """--model FOLDER."""
+def add_assistant(command: argparse.ArgumentParser) -> None:
+    """--model, --system-prompt, --stop and --decoder."""
     command.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="model folder (default: %(default)s)"
+    )
+    command.add_argument("--system-prompt", metavar="TEXT", help="instead of the model's own")
+    command.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="an answer ends where it writes this; repeatable"
+    )
+    command.add_argument(
+        "--decoder",
+        choices=("pyav", "decord"),
+        default="pyav",
+        help="video reader: pyav is exact (default), decord gives the original's frames with its faults",
     )
 
 

@@ -5,7 +5,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from valley_ray.cli.arguments import add_frames, add_model, add_words, read_params
+from valley_ray.cli.arguments import add_assistant, add_frames, add_words, read_params
 from valley_ray.cli.opening import check_model, check_paths, check_question, open_assistant, policy_for, read_sampling
 from valley_ray.errors import ConfigError
 
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    about = "Ask one question about a video, an image or neither."
+    about = "Ask one question about a video, images or neither."
     ask = commands.add_parser("ask", help=about, description=about, allow_abbrev=False)
     ask.set_defaults(run=_run)
     ask.add_argument("question", help="what you want to know")
-    add_model(ask)
+    add_assistant(ask)
     ask.add_argument("--video", metavar="FILE", help="video file, folder of frames, data: URI or http(s) URL")
-    ask.add_argument("--image", metavar="FILE", help="image file, data: URI or http(s) URL")
-    ask.add_argument("--system-prompt", metavar="TEXT", help="instead of the model's own")
+    ask.add_argument("--image", metavar="FILE", action="append", default=[], help="the same for an image; repeatable")
     ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text as it comes")
     add_frames(ask)
     add_words(ask)
@@ -33,18 +32,20 @@ def _run(options: argparse.Namespace) -> int:
     sampling = read_sampling(options)
     if sampling is not None and options.video is None:
         raise ConfigError("--num-frames, --fps, --start and --end choose frames of a video; add --video FILE")
-    locators = [locator for locator in (options.video, options.image) if locator is not None]
+    locators = [options.video] * (options.video is not None) + options.image
     check_paths(locators)
     check_question(options.question)
     question = {
         "question": options.question,
         "video": options.video,
-        "image": options.image,
+        "image": (options.image if len(options.image) > 1 else options.image[0]) if options.image else None,
         "sampling": sampling,
         "params": read_params(options),
         "system_prompt": options.system_prompt,
     }
-    with open_assistant(options.model, policy=policy_for(locators)) as assistant:
+    if options.stop:
+        question["stop"] = options.stop
+    with open_assistant(options, policy=policy_for(locators)) as assistant:
         if options.json:
             _print_json(assistant, question)
         else:

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,20 +65,33 @@ def read_sampling(options: argparse.Namespace) -> "FrameSampling | None":
     return validate_config(FrameSampling, {**own, **given}, source="the command line")
 
 
-def open_assistant(folder: Path, *, policy: "FetchPolicy") -> "Assistant":
-    """The assistant of a model folder, for one answer at a time; small models get one thread."""
+def open_assistant(options: argparse.Namespace, *, policy: "FetchPolicy") -> "Assistant":
+    """The assistant that the options of `add_assistant` name, for one answer at a time; small models get one thread."""
     with _quick_start():
         import torch
-        from transformers.utils import logging as transformers_logging
 
         from valley_ray.assistant import Assistant
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        assistant = Assistant.from_pretrained(folder, num_slots=1, policy=policy)
+        quiet_libraries()
+        assistant = Assistant.from_pretrained(
+            options.model, num_slots=1, policy=policy, **_wished(decoder=options.decoder)
+        )
         if assistant.model.num_parameters() < _SMALL_MODEL:
             torch.set_num_threads(1)
     return assistant
+
+
+def _wished(**options):  # type: ignore
+    return {name: value for name, value in options.items() if value != "pyav"}
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of transformers; no warnings of DeepSpeed, which go to stdout when a model is saved."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def policy_for(locators: Sequence[str]) -> "FetchPolicy":

@@ -1,0 +1,131 @@
+"""`valley-ray convert`, `merge-lora`, `make-delta` and `apply-delta`: model folders in, a model folder out."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from valley_ray.cli.opening import quiet_libraries
+from valley_ray.errors import CheckpointError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_to(commands: Any) -> None:
+    """Add the four commands to the parser."""
+    _add_convert(commands)
+    _add_merge_lora(commands)
+    _add_make_delta(commands)
+    _add_apply_delta(commands)
+
+
+def _add_convert(commands: Any) -> None:
+    about = "Rewrite a model folder of any layout as a modern one: safetensors, processor, model card."
+    convert = commands.add_parser(
+        "convert",
+        help=about,
+        description=f"{about} Opens the original's released folders (.bin or safetensors), LoRA folders (merged) and "
+        "ours. Both folders give equal answers.",
+        allow_abbrev=False,
+    )
+    convert.set_defaults(run=_run_convert)
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="model folder to read")
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="new folder to write")
+    _add_dtype(convert)
+
+
+def _add_merge_lora(commands: Any) -> None:
+    about = "Merge a LoRA adapter into its base and write a model folder."
+    merge = commands.add_parser("merge-lora", help=about, description=about, allow_abbrev=False)
+    merge.set_defaults(run=_run_merge_lora)
+    merge.add_argument(
+        "--adapter", type=Path, required=True, metavar="FOLDER", help="holds adapter_config.json and its weights"
+    )
+    merge.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="model that the adapter was trained on (default: as it says)"
+    )
+    _add_output(merge)
+    _add_dtype(merge)
+
+
+def _add_make_delta(commands: Any) -> None:
+    about = "Write the difference between a model and its base language model, in float16."
+    make = commands.add_parser("make-delta", help=about, description=about, allow_abbrev=False)
+    make.set_defaults(run=_run_make_delta)
+    make.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
+    make.add_argument("--target", type=Path, required=True, metavar="FOLDER", help="model that was trained from it")
+    _add_output(make)
+
+
+def _add_apply_delta(commands: Any) -> None:
+    about = "Add a delta to its base language model: what the original released becomes a model folder."
+    apply = commands.add_parser("apply-delta", help=about, description=about, allow_abbrev=False)
+    apply.set_defaults(run=_run_apply_delta)
+    apply.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
+    apply.add_argument("--delta", type=Path, required=True, metavar="FOLDER", help="folder written by make-delta")
+    _add_output(apply)
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    _check_input(options.source, "config.json", "adapter_config.json")
+    _convert(options.source, options)
+    return 0
+
+
+def _run_merge_lora(options: argparse.Namespace) -> int:
+    _check_input(options.adapter, "adapter_config.json")
+    if options.base is not None:
+        _check_input(options.base, "config.json")
+    _convert(options.adapter, options, base=options.base)
+    return 0
+
+
+def _run_make_delta(options: argparse.Namespace) -> int:
+    _check_input(options.base, "config.json")
+    _check_input(options.target, "config.json")
+    from valley_ray.model.delta import make_delta
+
+    make_delta(options.base, options.target, options.output)
+    print(f"wrote {options.output}; to restore the model: valley-ray apply-delta --base {options.base}", end=" ")
+    print(f"--delta {options.output} --output FOLDER")
+    return 0
+
+
+def _run_apply_delta(options: argparse.Namespace) -> int:
+    _check_input(options.base, "config.json")
+    _check_input(options.delta, "config.json")
+    from valley_ray.model.delta import apply_delta
+
+    apply_delta(options.base, options.delta, options.output)
+    _say_how_to_ask(options.output)
+    return 0
+
+
+def _convert(source: Path, options: argparse.Namespace, base: Path | None = None) -> None:
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise CheckpointError(f"{options.output} is not empty; name a new folder, so that nothing is overwritten")
+    import torch
+
+    from valley_ray.convert import convert
+
+    quiet_libraries()
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    convert(source, options.output, base=base, dtype=dtype)
+    _say_how_to_ask(options.output)
+
+
+def _say_how_to_ask(folder: Path) -> None:
+    print(f'wrote {folder}; ask it: valley-ray ask --model {folder} --video CLIP.mp4 "What is moving?"')
+
+
+def _check_input(folder: Path, *names: str) -> None:
+    """Said before torch is imported: the folder holds one of the files by which its kind is known."""
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(f"{folder} has no {' or '.join(names)}; check the path")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder to write")
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as in the files)")

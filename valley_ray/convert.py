@@ -1,0 +1,156 @@
+"""Any model folder that opens becomes a modern one: safetensors, processor, tokenizer, generation config, model card.
+
+Adapters are merged on the way, since opening a folder merges them. A folder is written whole or not at all. Knows no
+layout of weight files: `valley_ray.model` opens them.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from valley_ray.answering import check_fit
+from valley_ray.errors import CheckpointError
+from valley_ray.media.sampling import FrameSampling
+from valley_ray.model.valley import ValleyForConditionalGeneration
+from valley_ray.processor import ValleyProcessor
+
+CARD_FILE = "README.md"
+SHARD_SIZE = "5GB"
+
+_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *(\S.*)\n(?:.*\n)*?---\n")
+"""In the front matter of a model card."""
+
+
+def convert(
+    source: str | Path, output: str | Path, *, base: str | Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Open the model folder `source` and write it as `output`; both give equal logits.
+
+    Args:
+        source: any folder that `from_pretrained` opens: the original's released layout, LoRA, or ours.
+        output: a new or empty folder.
+        base: the model under a bare adapter folder; None: the one that the adapter names.
+        dtype: of the written weights; None: as in the files.
+
+    Raises:
+        CheckpointError: `source` cannot be opened, `output` holds something already or cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    check_output(output)
+    model = ValleyForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto", base=base)
+    processor = ValleyProcessor.from_pretrained(source if base is None else Path(base))
+    check_fit(model.config, processor)
+    with _whole_folder(output) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        processor.save_pretrained(folder)
+        card = model_card(model, processor, name=output.name, source=source)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def check_output(output: Path) -> None:
+    """Raise CheckpointError where `output` is a file or a folder with something in it."""
+    if output.is_dir() and any(output.iterdir()):
+        raise CheckpointError(f"{output} is not empty; name a new folder, so that nothing is overwritten")
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; name a new folder")
+
+
+def model_card(model: ValleyForConditionalGeneration, processor: ValleyProcessor, *, name: str, source: Path) -> str:
+    """The README.md of a converted folder: what it is, what it came from, how to ask it."""
+    license_name = _license_of(source)
+    front = ["library_name: valley_ray", "pipeline_tag: video-text-to-text", "tags: [valley, video]"]
+    front += [f"license: {license_name}"] * (license_name is not None)
+    rows = "\n".join(f"| {what} | {value} |" for what, value in _facts(model, processor, source).items())
+    licensed = (
+        f"{license_name}, as the source's model card says."
+        if license_name
+        else "Unknown here. The source's license holds for these weights too, and so does that of the language model "
+        "and of the tower under it: check them before you use or share this folder."
+    )
+    return _CARD.format(front="\n".join(front), name=name, rows=rows, license=licensed)
+
+
+_CARD = """---
+{front}
+---
+
+# {name}
+
+A Valley model, which answers questions about videos and images, as a Hugging Face folder for valley_ray.
+
+| | |
+|---|---|
+{rows}
+
+## Ask it
+
+    valley-ray ask --model {name} --video clip.mp4 "What is moving?"
+
+```python
+from valley_ray.assistant import Assistant
+
+with Assistant.from_pretrained("{name}") as assistant:
+    print(assistant.ask("What is moving?", video="clip.mp4").text)
+```
+
+## License
+
+{license}
+"""
+
+
+def _facts(model: ValleyForConditionalGeneration, processor: ValleyProcessor, source: Path) -> dict[str, str]:
+    text: Any = model.config.text_config
+    vision: Any = model.config.vision_config
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "converted from": f"`{source.resolve().name}`",
+        "parameters": f"{num_parameters:,} in {str(model.dtype).removeprefix('torch.')}",
+        "language model": f"{text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}, "
+        f"{text.vocab_size:,} tokens",
+        "vision tower": f"{vision.model_type}, {vision.num_hidden_layers} layers, width {vision.hidden_size}, "
+        f"{vision.image_size} px, {model.config.num_patches} patches, hidden state {model.config.vision_layer}",
+        "pooling over time": model.config.pooling,
+        "frames of a video": _frames_text(processor.sampling),
+        "prompt style": f"`{processor.prompt_style}`",
+    }
+
+
+def _frames_text(sampling: FrameSampling) -> str:
+    return f"{sampling.num_frames}, spread evenly" if sampling.num_frames else f"{sampling.fps:g} per second"
+
+
+def _license_of(source: Path) -> str | None:
+    """What the front matter of the source's model card says."""
+    try:
+        found = _LICENSE.match((source / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found[1].strip() if found else None
+
+
+@contextmanager
+def _whole_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when all is written, and vanishes otherwise."""
+    partial: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        # mkdtemp keeps others out; a model folder is as open as any folder that its owner makes.
+        mode = output.parent.stat().st_mode & 0o777
+        yield partial
+        partial.chmod(mode)
+        partial.replace(output)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {output} ({error.strerror or error}); free space, or name another folder"
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
