@@ -16,6 +16,7 @@ import torch
 from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
 from valley_ray.errors import CheckpointError
+from valley_ray.media.preprocess import check_one_size
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
@@ -48,7 +49,11 @@ def load_model(
 
 
 def check_fit(config: ValleyConfig, processor: ValleyProcessor) -> None:
-    """Raise CheckpointError where model and processor disagree: answers would be wrong without any other sign."""
+    """Raise CheckpointError where model and processor disagree: answers would be wrong without any other sign.
+
+    ConfigError where the processor's crops give frames of many sizes.
+    """
+    check_one_size(video_crop=processor.video_crop, image_crop=processor.image_crop)
     sides = {processor.video_crop.size, processor.image_crop.size}
     if sides != {config.image_size}:
         raise CheckpointError(f"processor_config.json crops to {sorted(sides)}, the tower takes {config.image_size}")

@@ -35,7 +35,7 @@ from valley_ray.data.windows import (
     plan_windows,
     records_digest,
 )
-from valley_ray.errors import ConfigError
+from valley_ray.media.preprocess import check_one_size
 from valley_ray.media.sampling import FrameSampling
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) 
     from valley_ray.processor import ValleyProcessor
 
     processor = ValleyProcessor.from_pretrained(config.model)
-    _check_crops(processor)
+    check_one_size(video_crop=processor.video_crop, image_crop=processor.image_crop)
     sampling = config.sampling if config.sampling is not None else processor.sampling
     clips, samples = join([read_records(path, media_root=config.media_root) for path in config.records])
     num_samples = samples.num_rows
@@ -133,16 +133,6 @@ def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) 
     }
     info = StoreInfo(fingerprint(parts), parts, num_samples, config.window_size, len(windows))
     return _Plan(config, processor, sampling, clips, samples, windows, info)
-
-
-def _check_crops(processor: "ValleyProcessor") -> None:
-    """A tower takes one size, and the processor counts one number of patches: refuse crops that keep the shape."""
-    for name in ("video_crop", "image_crop"):
-        if not getattr(processor, name).is_square:
-            raise ConfigError(
-                f"processor_config.json: {name}.fit=keep gives frames of many sizes, but the tower takes one; "
-                "set it to crop or stretch"
-            )
 
 
 def _run(plan: _Plan, on_window: Callable[[WindowManifest], None] | None) -> PipelineSummary:

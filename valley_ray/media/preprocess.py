@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from valley_ray.config import Config
+from valley_ray.errors import ConfigError
 
 
 class Crop(Config):
@@ -47,6 +48,16 @@ class Crop(Config):
     def is_square(self) -> bool:
         """Whether every frame comes out as S x S."""
         return self.fit != "keep"
+
+
+def check_one_size(**crops: Crop) -> None:
+    """Raise ConfigError, with the crop's name, where one gives frames of many sizes: a vision tower takes one."""
+    for name, crop in crops.items():
+        if not crop.is_square:
+            raise ConfigError(
+                f"the processor's {name} has fit={crop.fit}, which gives frames of many sizes, but the tower takes one; "
+                "set it to crop or stretch"
+            )
 
 
 def resize_and_crop(frames_THWC: npt.NDArray[np.uint8], crop: Crop) -> npt.NDArray[np.uint8]:

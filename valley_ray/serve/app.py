@@ -62,15 +62,17 @@ def _check(args: ServeConfig | Mapping[str, Any]) -> ServeConfig:
 
 def _check_folder(config: ServeConfig) -> None:
     """What can be seen without opening the model, so that it is said at once and not by a replica, minutes later."""
-    if not (config.model / "config.json").is_file():
+    is_adapter = not (config.model / "config.json").is_file()
+    if is_adapter and not (config.model / "adapter_config.json").is_file():
         raise ConfigError(
             f"no model at {config.model} (seen from {Path.cwd()}): run `make quickstart`, which makes models/nano, "
             "or set `model` to another folder"
         )
-    if not config.allow_bin and not any(config.model.glob("*.safetensors")):
+    stem = "adapter_model" if is_adapter else "model"
+    if not config.allow_bin and not any(config.model.glob(f"{stem}*.safetensors")):
         raise ConfigError(
-            f"{config.model} has no safetensors; pickled weights (.bin) are opened only with allow_bin: true, since a "
-            "crafted file may run code"
+            f"{config.model} has no {stem}*.safetensors; pickled weights (.bin) are opened only with allow_bin: true, "
+            "since a crafted file may run code"
         )
 
 

@@ -20,7 +20,7 @@ class VisionEncoder:
 
     def __init__(self, config: ServeConfig, sampler: DeploymentHandle) -> None:
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        self._model = load_model(config.model, device=config.encoder.device, dtype=dtype)
+        self._model = load_model(config.model, device=config.encoder.device, dtype=dtype, allow_bin=config.allow_bin)
         # The decoders hold the language model; here it would only take memory.
         del self._model.core.language_model
         self._processor = ValleyProcessor.from_pretrained(config.model)

@@ -22,7 +22,7 @@ def test_crops_of_many_sizes_are_refused_by_name(tmp_path: Path) -> None:
     config = PipelineConfig(
         records=(tmp_path / "records.json",), media_root=tmp_path, model=model, windows_dir=tmp_path / "windows"
     )
-    with pytest.raises(ConfigError, match=r"image_crop\.fit=keep gives frames of many sizes.*crop or stretch"):
+    with pytest.raises(ConfigError, match=r"image_crop has fit=keep.*many sizes.*crop or stretch"):
         run_pipeline(config)
 
 

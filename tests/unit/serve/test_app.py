@@ -35,6 +35,23 @@ def test_pickled_weights_need_consent(tmp_path: Path) -> None:
     build({"model": str(tmp_path), "allow_bin": True})
 
 
+def test_a_lone_adapter_is_a_model_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"no adapter_model\*\.safetensors.*allow_bin: true"):
+        build({"model": str(tmp_path)})
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    build({"model": str(tmp_path)})
+
+
+def test_adapter_beside_pickled_weights_does_not_hide_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="allow_bin: true"):
+        build({"model": str(tmp_path)})
+
+
 def test_paths_become_absolute_and_the_name_is_the_folders(tiny_valley: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_valley.parent)
     config = _check({"model": tiny_valley.name, "allow_roots": ["runs"]})
