@@ -55,7 +55,7 @@ def check_one_size(**crops: Crop) -> None:
     for name, crop in crops.items():
         if not crop.is_square:
             raise ConfigError(
-                f"the processor's {name} has fit={crop.fit}, which gives frames of many sizes, but the tower takes one; "
+                f"the processor's {name} has fit={crop.fit}, which gives frames of many sizes, but a tower takes one; "
                 "set it to crop or stretch"
             )
 
