@@ -1,8 +1,11 @@
 """Prompts of the original's two ways to ask, and the cleaning of its answers, against those that it recorded."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from parity_answers import Answerer
+from parity_model import stored_clips
 from parity_set import ROOT, expand_ids, load_json
 
 from valley_ray.chat.conversation import Conversation, Message, from_marked_messages
@@ -12,8 +15,12 @@ from valley_ray.chat.styles import STYLES
 from valley_ray.chat.templates import SYSTEM_PROMPTS
 from valley_ray.chat.tokens import IM_PATCH
 from valley_ray.chat.upstream_serving import template_text
+from valley_ray.engine.engine import Prompt
 from valley_ray.errors import ConversationError
 from valley_ray.processor import ProcessorConfig, ValleyProcessor
+
+NUM_FRAMES = 8
+"""Frames of a video in the original's `completion`."""
 
 ROLE_OF_NAME = {"Human": "user", "Assistant": "assistant"}
 
@@ -75,3 +82,52 @@ def test_serving_prompts_of_every_template_equal_the_recorded_ones() -> None:
         conversation = Conversation(tuple(Message(ROLE_OF_NAME[name], text) for name, text in turns))
         options = PromptOptions(system_prompt=SYSTEM_PROMPTS[case["template"]], num_patches=1)
         assert template_text(conversation, options) == case["prompt"], case["template"]
+
+
+def test_completions_equal_the_recorded_texts() -> None:
+    for context, answerer, prompt, case in each_answer():
+        if "gen_kwargs" in case and not case["gen_kwargs"].get("do_sample"):
+            _, text = answerer.answer(prompt, max_tokens=case["gen_kwargs"]["max_new_tokens"])
+            assert [text] == case["response"], context
+        elif "response" in case:
+            token_ids, text = answerer.with_settings(stop_strings=()).answer(prompt, max_tokens=len(case["new_ids"]))
+            assert token_ids == case["new_ids"], context
+            assert answerer.processor.decode_raw(token_ids) == case["raw"], context
+            assert text == case["response"], context
+
+
+def test_stop_words_end_answers_where_recorded_and_in_the_first_token_too_without_the_switch() -> None:
+    for context, answerer, prompt, case in each_answer():
+        if "keyword" not in case:
+            continue
+        answerer = answerer.with_settings(stop_strings=(case["keyword"],))
+        max_tokens = len(case["new_ids"]) + 8
+        token_ids, text = answerer.answer(prompt, max_tokens=max_tokens)
+        assert token_ids == case["new_ids"], context
+        assert text == STYLES["upstream-build-inputs"].clean_answer(case["raw"]), context
+        first = next(
+            length
+            for length in range(1, len(token_ids) + 1)
+            if case["keyword"] in answerer.processor.decode_raw(token_ids[:length])
+        )
+        token_ids, text = answerer.with_settings(stop_skips_first_token=False).answer(prompt, max_tokens=max_tokens)
+        assert token_ids == case["new_ids"][:first], context
+        assert text == case["raw"].partition(case["keyword"])[0].strip(), context
+
+
+def each_answer() -> Iterator[tuple[str, Answerer, Prompt, dict[str, Any]]]:
+    """Each recorded greedy answer with its prompt; the original is given the video whatever the messages say."""
+    messages = {case["id"]: case["messages"] for case in load_json("inference.json")["build_inputs"]}
+    for name, recorded in load_json("generate.json").items():
+        answerer = Answerer(
+            name,
+            splice="upstream",
+            prompt_style="upstream-build-inputs",
+            stop_skips_first_token=True,
+            system_prompt="",
+        )
+        for key, case in recorded.items():
+            said = messages.get(case.get("messages", key))
+            if said is not None and "eos_token_id" not in case:
+                prompt = answerer.prompt(from_marked_messages(said), [stored_clips(name)[NUM_FRAMES]])
+                yield f"{name} {key}", answerer, prompt, case
