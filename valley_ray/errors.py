@@ -50,6 +50,53 @@ class SourceTooLargeError(FetchError):
     code = "source_too_large"
 
 
+class SourceRefusedError(FetchError):
+    """A server that will not hand the object out (401, 403, another 4xx); asking again changes nothing."""
+
+    code = "source_refused"
+
+
+class ContentMismatchError(FetchError):
+    """Bytes whose number or digest is not the one that was asked for."""
+
+    code = "content_mismatch"
+
+
+class TransientFetchError(FetchError):
+    """A failure that may pass: worth another try after a pause. Subclasses name the reason."""
+
+    code = "fetch_interrupted"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """The pause that the server asks for, seconds."""
+
+
+class FetchInterruptedError(TransientFetchError):
+    """No connection, or one that ended before the last byte."""
+
+    code = "fetch_interrupted"
+
+
+class FetchTimeoutError(TransientFetchError):
+    """A server that went silent, or a download that took longer than it may."""
+
+    code = "fetch_timeout"
+
+
+class ServerBusyError(TransientFetchError):
+    """Status 408, 425, 429 or 5xx."""
+
+    code = "server_busy"
+
+
+class StorageError(ValleyError):
+    """The disk that results go to is full or cannot be written."""
+
+    code = "storage_failed"
+
+
 class MediaError(ValleyError):
     """A media file that yields no frames; subclasses name the reason."""
 

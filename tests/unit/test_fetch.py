@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from valley_ray import fetch_http
 from valley_ray.errors import (
     FetchError,
+    FetchInterruptedError,
+    ServerBusyError,
     SourceNotAllowedError,
     SourceNotFoundError,
+    SourceRefusedError,
     SourceTooLargeError,
 )
 from valley_ray.fetch import FetchPolicy, fetch, locator_kind, media_key
+from valley_ray.fetch_connection import is_public
 
 LOOPBACK = {"allow_hosts": ("127.0.0.1",), "allow_private_addresses": True}
 
@@ -264,12 +267,12 @@ def test_hosts_are_refused_by_default_and_private_addresses_unless_allowed(serve
     ],
 )
 def test_private_addresses_are_recognised(address):
-    assert not fetch_http._is_public(address)
+    assert not is_public(address)
 
 
 def test_public_addresses_are_recognised():
-    assert fetch_http._is_public("8.8.8.8")
-    assert fetch_http._is_public("2001:4860:4860::8888")
+    assert is_public("8.8.8.8")
+    assert is_public("2001:4860:4860::8888")
 
 
 @pytest.mark.parametrize(
@@ -277,10 +280,11 @@ def test_public_addresses_are_recognised():
     [
         ("404", SourceNotFoundError),
         ("410", SourceNotFoundError),
-        ("500", FetchError),
-        ("429", FetchError),
+        ("403", SourceRefusedError),
+        ("500", ServerBusyError),
+        ("429", ServerBusyError),
         ("gzip", FetchError),
-        ("short", FetchError),
+        ("short", FetchInterruptedError),
     ],
 )
 def test_bad_answers_are_named(server, path, error_class):
