@@ -23,13 +23,14 @@ def main(arguments: list[str]) -> int:
         if len(paths) > 1:
             raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
         config = load_config(TrainConfig, paths[0] if paths else NANO, overrides).under(storage_root())
+        from valley_ray.train.trainer import pipeline_config, train
+
+        pipeline_config(config)
         print(f"storage: {storage_root()}", flush=True)
         if not paths:
             _make_nano(config)
         connect()
         quiet_ray_data()
-        from valley_ray.train.trainer import train
-
         result = train(config)
     except ValleyError as error:
         print(f"finetune: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from valley_ray.config import validate_config
+from valley_ray.data.config import PipelineConfig
 from valley_ray.data.shards import WindowManifest, WindowStore
 from valley_ray.errors import ConfigError, TrainingError, ValleyError
 from valley_ray.processor import ValleyProcessor
@@ -101,6 +102,23 @@ def check_config(config: TrainConfig) -> None:
     _check_resources(config)
 
 
+def pipeline_config(config: TrainConfig) -> PipelineConfig | None:
+    """The settings of the data pipeline beside the training; None in mode shards.
+
+    Needs no Ray: callers check here what they would else hear of after Ray has started.
+
+    Raises:
+        ConfigError: a setting that the pipeline does not know or take, or another model than the training's.
+    """
+    if config.data.mode != "overlap":
+        return None
+    values = {"model": config.model, **(config.data.pipeline or {})}
+    settings = validate_config(PipelineConfig, values, source="data.pipeline")
+    if settings.model.resolve() != config.model.resolve():
+        raise ConfigError(f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out")
+    return settings
+
+
 class _Pipeline:
     """The data pipeline on a thread, for the time of a `with` block; the block ends after it has ended.
 
@@ -109,14 +127,9 @@ class _Pipeline:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        from valley_ray.data.pipeline import PipelineConfig
-
-        values = {"model": config.model, **(config.data.pipeline or {})}
-        self._settings = validate_config(PipelineConfig, values, source="data.pipeline")
-        if self._settings.model.resolve() != config.model.resolve():
-            raise ConfigError(
-                f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out"
-            )
+        settings = pipeline_config(config)
+        assert settings is not None, "only mode overlap has a pipeline"
+        self._settings = settings
         self._seed = config.seed
         self._stop = threading.Event()
         self._error: BaseException | None = None

@@ -10,6 +10,8 @@ from tiny import make_tiny_valley
 from valley_ray.config import validate_config
 from valley_ray.data.pipeline import PipelineConfig, run_pipeline
 from valley_ray.errors import ConfigError
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.trainer import pipeline_config
 
 
 def test_crops_of_many_sizes_are_refused_by_name(tmp_path: Path) -> None:
@@ -30,3 +32,23 @@ def test_unknown_video_decoder_is_refused() -> None:
     values = {"records": ["a.json"], "media_root": ".", "model": "m", "windows_dir": "w", "video_decoder": "opencv"}
     with pytest.raises(ConfigError, match=r"video_decoder.*pyav"):
         validate_config(PipelineConfig, values, source="test")
+
+
+def test_settings_of_the_pipeline_beside_training_are_checked_before_ray_starts(tmp_path: Path) -> None:
+    pipeline: dict[str, object] = {"records": ["a.json"], "media_root": ".", "windows_dir": "w"}
+    run = {"model": "m", "output": "o", "storage": str(tmp_path), "stages": [stage()]}
+    config = validate_config(TrainConfig, run | {"data": {"mode": "overlap", "pipeline": pipeline}}, source="test")
+    settings = pipeline_config(config)
+    assert settings is not None
+    assert settings.video_decoder == "pyav"
+    for change, reason in (({"window_sise": 3}, "did you mean 'window_size'"), ({"model": "n"}, "differs from")):
+        data = {"mode": "overlap", "pipeline": pipeline | change}
+        config = validate_config(TrainConfig, run | {"data": data}, source="test")
+        with pytest.raises(ConfigError, match=reason):
+            pipeline_config(config)
+    shards = validate_config(TrainConfig, run | {"data": {"windows_dir": "w"}}, source="test")
+    assert pipeline_config(shards) is None
+
+
+def stage() -> dict[str, object]:
+    return {"name": "one", "trainable": ["projector"], "learning_rate": 1e-3, "epochs": 1}
