@@ -25,8 +25,6 @@ from valley_ray.model.weight_files import find_files, listed, read_weights
 
 __all__ = ["base_folder", "load_folder", "our_name", "read_config", "their_name"]
 
-logger = logging.getLogger(__name__)
-
 UPSTREAM_PREFIXES = (
     ("model.vision_tower.vision_model.", "vision_tower."),
     ("model.mm_projector.", "core.mm_projector."),
@@ -135,8 +133,8 @@ def _open_adapter(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opene
             f"{folder / 'adapter_config.json'}: the base model {named!r} is out of reach; put its folder under the "
             "working directory or beside the adapter, or give base"
         )
-    if base.resolve() == folder.resolve():
-        raise CheckpointError(f"{folder} names itself as its base; give the base model's folder as base")
+    if not (base / "config.json").is_file():
+        raise CheckpointError(f"{base}, the base of {folder}, has no config.json; give a whole model's folder as base")
     opened = _open(base, allow_bin=allow_bin, base=None)
     return replace(opened, state=merge_adapter(opened.state, read_adapter(folder, allow_bin=allow_bin)))
 
@@ -181,10 +179,14 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 def _load_strictly(load: Callable[..., Any], folder: Path, files: list[Path], **kwargs: Any) -> Any:
     """Call `load`; refuse a missing, extra or odd-shaped weight, naming `folder` and its weight `files`."""
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(_is_no_load_report)
     try:
         model, info = load(ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: a weight file is damaged ({error}); copy it again") from error
+    finally:
+        report.removeFilter(_is_no_load_report)
     is_ours = "state_dict" not in kwargs
     named = (lambda name: name) if is_ours else their_name
     problems = [
@@ -196,6 +198,11 @@ def _load_strictly(load: Callable[..., Any], folder: Path, files: list[Path], **
         names = ", ".join(file.name for file in files)
         raise CheckpointError(f"{folder}: {'; '.join(problems)}; the weight files ({names}) do not fit config.json")
     return model
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    """transformers' table of what does not fit, which the error says in one line."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _mismatch(name: str, entry: Any) -> str:

@@ -72,7 +72,7 @@ def read_tower(folder: Path) -> ReleasedTower:
     """
     if not (folder / "config.json").is_file():
         base = base_folder(folder)
-        if base is not None:
+        if base is not None and (base / "config.json").is_file():
             return read_tower(base)
     name = read_json(folder / "config.json").get("mm_vision_tower")
     if not isinstance(name, str):
