@@ -71,8 +71,8 @@ def _check_folder(config: ServeConfig) -> None:
     stem = "adapter_model" if is_adapter else "model"
     if not config.allow_bin and not any(config.model.glob(f"{stem}*.safetensors")):
         raise ConfigError(
-            f"{config.model} has no {stem}*.safetensors; pickled weights (.bin) are opened only with allow_bin: true, "
-            "since a crafted file may run code"
+            f"{config.model} has no {stem}*.safetensors, and a crafted pickle (.bin) may run code: set allow_bin: true "
+            "if you trust the folder, or write it anew with `valley-ray convert`"
         )
 
 
