@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 from valley_ray.answering import TextStream
 from valley_ray.engine.engine import TokenEvent
@@ -45,3 +46,46 @@ def test_a_tokenizer_that_rewrites_text_is_never_contradicted() -> None:
     stream = TextStream(lambda ids: texts[len(ids)], ())
     sent = [stream.push(TokenEvent("r", 7, index, "length" if index == 2 else None)) for index in range(3)]
     assert sent == ["", "he", ""]
+
+
+WORDS = {1: "go", 2: " to", 3: " the", 4: " en", 5: "d", 6: " of", 7: "#", 8: "##", 9: " it", 10: "红", 11: "色"}
+
+
+def streamed(token_ids: Sequence[int], *stops: str, reason: str = "length", **options: Any) -> tuple[list[str], int]:
+    """Deltas, and the number of tokens that were taken."""
+    stream = TextStream(lambda ids: "".join(WORDS[one] for one in ids), (STOP,), stops, **options)
+    sent = []
+    for index, token in enumerate(token_ids):
+        sent.append(stream.push(TokenEvent("r", token, index, reason if index == len(token_ids) - 1 else None)))
+        if stream.stopped:
+            break
+    assert "".join(sent) == stream.text
+    return sent, len(sent)
+
+
+def test_nothing_of_a_stop_string_is_sent_however_tokens_cut_it() -> None:
+    assert streamed([1, 2, 3, 4, 5, 6], "the end") == (["", "go", " to", "", ""], 5)
+    assert streamed([1, 7, 8, 9], "###") == (["", "", "go"], 3)
+    assert streamed([10, 11, 10, 11], "色红") == (["红", "", ""], 3)
+
+
+def test_what_only_began_like_a_stop_string_is_sent_after_all() -> None:
+    assert streamed([1, 2, 3, 6, 9], "the end", "of them") == (["", "go", " to", " the", " of it"], 5)
+    assert streamed([1, 7], "###") == (["", "go#"], 2)
+    assert streamed([1, 7, STOP], "###", reason="stop") == (["", "", "go#"], 3)
+
+
+def test_the_earliest_of_several_stop_strings_cuts() -> None:
+    sent, _ = streamed([1, 2, 3, 4, 5], "end", "the e", "to the end")
+    assert "".join(sent) == "go to"
+
+
+def test_a_stop_string_in_the_first_token_ends_an_answer_unless_upstreams_rule_is_asked_for() -> None:
+    assert streamed([1, 2, 3], "go") == ([""], 1)
+    assert streamed([1, 2, 3], "go", skip_first_token=True) == (["", "go to"], 2)
+    assert streamed([1, 2, 3], "to", skip_first_token=True) == (["", "go to"], 2)
+
+
+def test_the_tokens_text_is_cleaned_by_the_given_rule() -> None:
+    sent, _ = streamed([9, 1, 2], "###", clean=lambda text: text.strip().removeprefix("it"))
+    assert "".join(sent) == "go to"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from valley_ray.assistant import AskInput, Assistant
 from valley_ray.engine.engine import SamplingParams
-from valley_ray.errors import MediaError, PromptTooLongError, SourceNotFoundError
+from valley_ray.errors import ConfigError, ConversationError, MediaError, PromptTooLongError, SourceNotFoundError
 from valley_ray.media.sampling import FrameSampling
 
 QUESTION = "What is moving?"
@@ -139,3 +139,62 @@ def test_sampling_is_reproduced_by_its_seed(assistant: Assistant, clips: list[Pa
         ).text
 
     assert ask(1) == ask(1) != ask(2)
+
+
+def test_messages_are_the_same_question_with_its_history(
+    assistant: Assistant, clips: list[Path], tmp_path: Path
+) -> None:
+    image = tmp_path / "image.png"
+    Image.linear_gradient("L").convert("RGB").save(image)
+    video_part = {"type": "video_url", "video_url": {"url": str(clips[0])}}
+    image_part = {"type": "image_url", "image_url": {"url": str(image)}}
+    question = {"role": "user", "content": [video_part, {"type": "text", "text": QUESTION}]}
+    asked = assistant.ask(QUESTION, video=clips[0], params=PARAMS)
+    assert assistant.ask([question], params=PARAMS) == asked
+    system = {"role": "system", "content": "Describe"}
+    assert assistant.ask([system, question]) == assistant.ask(QUESTION, video=clips[0], system_prompt="Describe")
+    history = [question, {"role": "assistant", "content": asked.text or "yes"}, {"role": "user", "content": "yes no"}]
+    longer = assistant.ask(history, params=PARAMS)
+    assert longer.num_prompt_tokens > asked.num_prompt_tokens
+    assert "".join(assistant.stream(history, params=PARAMS)) == longer.text
+    both = [{"role": "user", "content": [video_part, image_part, image_part, {"type": "text", "text": "yes"}]}]
+    assert assistant.ask(both) == assistant.ask("yes", video=clips[0], image=[image, str(image)])
+
+
+def test_messages_bring_their_own_media(assistant: Assistant, clips: list[Path]) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    for beside in ({"video": clips[0]}, {"image": clips[0]}, {"system_prompt": "x"}):
+        with pytest.raises(ConversationError, match="bring their own media"):
+            assistant.ask(messages, **beside)
+    with pytest.raises(ConversationError, match="question is empty"):
+        assistant.ask(" ", video=clips[0])
+
+
+def test_a_stop_string_ends_the_answer_and_frees_the_slot(assistant: Assistant, clips: list[Path]) -> None:
+    whole = assistant.ask(QUESTION, video=clips[0], params=PARAMS)
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    before = whole.text.partition(stop)[0].strip()
+    cut = assistant.ask(QUESTION, video=clips[0], params=PARAMS, stop=[stop, "never in it"])
+    assert (cut.text, cut.finish_reason) == (before, "stop")
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] != whole.token_ids
+    assert "".join(assistant.stream(QUESTION, video=clips[0], params=PARAMS, stop=[stop])) == before
+    asks = [AskInput(QUESTION, video=clips[0], params=PARAMS, stop=one) for one in ([stop], [], [stop])]
+    assert [answer.text for answer in assistant.answer_batch(asks)] == [before, whole.text, before]
+
+
+def test_a_folder_of_frames_is_prepared_as_images(assistant: Assistant, tmp_path: Path) -> None:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(5):
+        Image.linear_gradient("L").rotate(index * 20).convert("RGB").save(folder / f"{index}.png")
+    assert assistant.ask(QUESTION, video=folder).finish_reason in ("stop", "length")
+    config = assistant.processor.config
+    assert config.media_plan("video", is_folder=True) == (config.sampling, config.image_crop)
+
+
+def test_settings_change_the_prompt_style(tiny_valley: Path, clips: list[Path]) -> None:
+    with Assistant.from_pretrained(tiny_valley, settings={"prompt_style": "upstream-serve"}) as assistant:
+        assert assistant.processor.stop_strings == ("###",)
+        assert assistant.ask(QUESTION, video=clips[0], params=PARAMS).finish_reason is not None
+    with pytest.raises(ConfigError, match="did you mean 'prompt_style'"):
+        Assistant.from_pretrained(tiny_valley, settings={"prompt_stile": "valley"})

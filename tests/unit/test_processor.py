@@ -38,6 +38,7 @@ def test_saved_processor_opens_to_the_same_tokens_and_fingerprint(processor: Val
         {"image_mean": (0.5, 0.5, 0.5)},
         {"max_length": 100},
         {"prompt_style": "upstream-train"},
+        {"bos_token": "eos"},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -102,3 +103,24 @@ def test_broken_processor_folders_are_named(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         ValleyProcessor.from_pretrained(folder)
+
+
+def test_settings_replace_fields_and_are_checked(tiny_valley: Path) -> None:
+    changed = ValleyProcessor.from_pretrained(tiny_valley, settings={"stop_strings": ["x"], "max_length": 9})
+    assert (changed.stop_strings, changed.max_length) == (("x",), 9)
+    for settings, words in (
+        ({"only_mask_system": True}, "only_mask_system belongs to prompt_style 'upstream-train'"),
+        ({"stop_strings": [""]}, "stop_strings"),
+        ({"bos_token": "none"}, "'own' or 'eos'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ValleyProcessor.from_pretrained(tiny_valley, settings=settings)
+
+
+def test_stop_strings_are_the_styles_own_unless_named(processor: ValleyProcessor) -> None:
+    def stops(**changes: object) -> tuple[str, ...]:
+        return ValleyProcessor(processor.tokenizer, processor.config.model_copy(update=changes)).stop_strings
+
+    assert stops() == ()
+    assert stops(stop_strings=("###",)) == stops(prompt_style="upstream-serve") == ("###",)
+    assert stops(prompt_style="upstream-serve", stop_strings=()) == ()

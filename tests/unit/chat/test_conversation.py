@@ -1,9 +1,14 @@
 """Messages and records in, conversations out."""
 
+from typing import Any
+
 import pytest
 
 from valley_ray.chat import Conversation, MediaPart, Message, from_openai, from_valley_record
+from valley_ray.chat.conversation import from_marked_messages
 from valley_ray.errors import ConversationError
+
+IMAGE_PART = {"type": "image_url", "image_url": {"url": "x.png"}}
 
 
 def test_openai_parts_become_marks_and_media_in_order() -> None:
@@ -45,6 +50,10 @@ def test_openai_parts_become_marks_and_media_in_order() -> None:
         ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
         ([{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}], "not valid Unicode"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "first message"),
+        ([{"role": "user", "content": " \n"}], "question is empty"),
+        ([{"role": "user", "content": ""}, {"role": "user", "content": "a"}], "question is empty"),
+        ([{"role": "user", "content": [IMAGE_PART]}], "question is empty"),
+        ([{"role": "user", "content": [IMAGE_PART, {"type": "text", "text": " "}]}], "question is empty"),
         (
             [{"role": "assistant", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "belong in user messages",
@@ -54,6 +63,34 @@ def test_openai_parts_become_marks_and_media_in_order() -> None:
 def test_messages_that_form_no_conversation_are_refused(messages: list[dict[str, object]], reason: str) -> None:
     with pytest.raises(ConversationError, match=reason):
         from_openai(messages)
+
+
+def test_a_message_of_media_alone_may_come_before_the_question() -> None:
+    conversation, media = from_openai([{"role": "user", "content": [IMAGE_PART]}, {"role": "user", "content": "Why?"}])
+    assert [turn.content for turn in conversation.turns] == ["<image>", "Why?"]
+    assert len(media) == 1
+
+
+def test_upstreams_messages_keep_their_marks_and_both_spellings_of_a_role() -> None:
+    messages = [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistent", "content": "A cat."}]
+    expected = Conversation((Message("user", "<video>\nWhat?"), Message("assistant", "A cat.")))
+    assert from_marked_messages(messages) == expected
+    assert from_marked_messages([messages[0], messages[1] | {"role": "assistant"}]) == expected
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "at least one"),
+        ([{"role": "human", "content": "<video>"}], "role must be"),
+        ([{"role": "user", "content": [IMAGE_PART]}], "must be a text"),
+        ([{"role": "user"}], "must be a text"),
+        (["hello"], "role must be"),
+    ],
+)
+def test_upstreams_messages_that_form_no_conversation_are_refused(messages: list[Any], reason: str) -> None:
+    with pytest.raises(ConversationError, match=reason):
+        from_marked_messages(messages)
 
 
 def test_valley_record_keeps_its_speakers() -> None:

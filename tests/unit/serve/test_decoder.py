@@ -1,0 +1,55 @@
+"""LanguageDecoder without Ray: stop strings end a stream and free the engine's place."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from valley_ray.chat import Conversation, Message
+from valley_ray.engine.engine import SamplingParams
+from valley_ray.processor import ValleyProcessor
+from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.decoder import LanguageDecoder
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+
+QUESTION = Conversation((Message("user", "What is moving?"),))
+
+
+def answered(decoder: LanguageDecoder, *, stream: bool) -> list[AnswerDelta]:
+    request = AnswerRequest("r", QUESTION, (), None, SamplingParams(max_tokens=24), False, stream)
+
+    async def read() -> list[AnswerDelta]:
+        return [delta async for delta in decoder.answer(request)]
+
+    return asyncio.run(read())
+
+
+@pytest.fixture
+def whole(tiny_valley: Path) -> list[AnswerDelta]:
+    return answered(LanguageDecoder(ServeConfig(model=tiny_valley), SimpleNamespace()), stream=True)
+
+
+def test_a_stop_string_of_the_processor_ends_a_stream(
+    tiny_valley: Path, whole: list[AnswerDelta], tmp_path: Path
+) -> None:
+    text = "".join(delta.text for delta in whole)
+    stop = text[len(text) // 2 :][:4]
+    expected = text.partition(stop)[0].strip()
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_valley.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "processor_config.json").unlink()
+    processor = ValleyProcessor.from_pretrained(tiny_valley, settings={"stop_strings": [stop]})
+    for file in folder.glob("token*"):
+        file.unlink()
+    processor.save_pretrained(folder)
+    decoder = LanguageDecoder(ServeConfig(model=folder), SimpleNamespace())
+    for stream in (True, False):
+        deltas = answered(decoder, stream=stream)
+        assert "".join(delta.text for delta in deltas) == expected
+        assert [delta.finish_reason for delta in deltas][-1] == "stop"
+        assert deltas[-1].num_tokens < whole[-1].num_tokens
+    assert len(answered(decoder, stream=False)) == 1
+    assert decoder.stats()["num_abandoned"] == 0
