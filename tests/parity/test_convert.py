@@ -59,6 +59,7 @@ def test_a_converted_folder_makes_the_same_tokens_and_pixels(
             assert before.config.media_plan(kind) == after.config.media_plan(kind), source.name
         assert (before.image_mean, before.image_std) == (after.image_mean, after.image_std), source.name
         assert (before.stop_token_ids, before.stop_strings) == (after.stop_token_ids, after.stop_strings), source.name
+        assert before.fingerprint == after.fingerprint, source.name
         assert before.decode(prompts[0]) == after.decode(prompts[0]), source.name
 
 

@@ -38,13 +38,12 @@ def _run(options: argparse.Namespace) -> int:
     question = {
         "question": options.question,
         "video": options.video,
-        "image": (options.image if len(options.image) > 1 else options.image[0]) if options.image else None,
+        "image": options.image,
         "sampling": sampling,
         "params": read_params(options),
         "system_prompt": options.system_prompt,
+        "stop": options.stop,
     }
-    if options.stop:
-        question["stop"] = options.stop
     with open_assistant(options, policy=policy_for(locators)) as assistant:
         if options.json:
             _print_json(assistant, question)

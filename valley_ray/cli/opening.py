@@ -23,7 +23,7 @@ steps waits for both threads: measured 25 times slower on two cores with two oth
 
 def check_model(folder: Path) -> None:
     """Said before anything heavy is imported; `from_pretrained` checks all the rest."""
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return
     if folder == DEFAULT_MODEL:
         raise CheckpointError(f"no model at {folder}: run `make quickstart`, which makes it, or name another folder")
@@ -73,20 +73,14 @@ def open_assistant(options: argparse.Namespace, *, policy: "FetchPolicy") -> "As
         from valley_ray.assistant import Assistant
 
         quiet_libraries()
-        assistant = Assistant.from_pretrained(
-            options.model, num_slots=1, policy=policy, **_wished(decoder=options.decoder)
-        )
+        assistant = Assistant.from_pretrained(options.model, num_slots=1, policy=policy, decoder=options.decoder)
         if assistant.model.num_parameters() < _SMALL_MODEL:
             torch.set_num_threads(1)
     return assistant
 
 
-def _wished(**options):  # type: ignore
-    return {name: value for name, value in options.items() if value != "pyav"}
-
-
 def quiet_libraries() -> None:
-    """No progress bars and advice of transformers; no warnings of DeepSpeed, which go to stdout when a model is saved."""
+    """No progress bars and advice of transformers; no warnings of DeepSpeed, which go to stdout."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
