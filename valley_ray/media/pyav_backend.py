@@ -12,25 +12,20 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
 
 from valley_ray.errors import CorruptMediaError, MediaLimitError
-from valley_ray.media.container import (
-    PacketTable,
-    average_fps,
-    check_complete,
-    check_pixels,
-    media_info,
-    open_video,
-    read_packets,
-    reason,
-    video_packets,
-)
+from valley_ray.media.container import average_fps, check_pixels, media_info, open_video, reason
 from valley_ray.media.frames import VideoFrames
+from valley_ray.media.packets import PacketTable, check_complete, read_packets, video_packets
 from valley_ray.media.sampling import FrameSampling, frame_indices, window_frames
 from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource
 
 Transform = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 """uint8 [H, W, 3] -> uint8 [H', W', 3], for example a crop."""
+
+_MAX_REORDER_DEPTH = 16
+"""Frames that an H.264 decoder can hold (H.264, A.3.1)."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,7 @@ class _Collector:
         self._transform = transform
         self._frames: dict[int, npt.NDArray[np.uint8]] = {}
         self._num_bytes = 0
+        self._reformatter = VideoReformatter()
 
     def __contains__(self, index: int) -> bool:
         return index in self._frames
@@ -118,7 +114,9 @@ class _Collector:
     def add(self, index: int, frame: Any) -> None:
         """Convert one decoded frame; raises MediaLimitError for sizes that the header did not announce."""
         check_pixels(frame.width, frame.height, name=self._name, limits=self._limits)
-        frame_HWC: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+        # A frame's own conversion starts threads and computes its tables anew for every frame.
+        rgb: Any = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        frame_HWC: npt.NDArray[np.uint8] = rgb.to_ndarray()
         if frame.rotation % 360:
             frame_HWC = np.rot90(frame_HWC, frame.rotation // 90)
         if self._transform is not None:
@@ -148,7 +146,11 @@ class _Collector:
 def _decode_planned(
     container: Any, stream: Any, table: PacketTable, indices: npt.NDArray[np.int64], collect: _Collector
 ) -> None:
-    can_skip = _skips_exactly(stream.codec_context)
+    codec = stream.codec_context
+    can_skip = _skips_exactly(codec)
+    if codec.name == "h264":
+        # Where its parameters do not say (VUI, num_reorder_frames), the decoder guesses and drops late frames.
+        codec.reorder_depth = max(codec.reorder_depth, min(table.reorder_depth(), _MAX_REORDER_DEPTH))
     for run in _plan(table, indices):
         _decode_run(container, stream, table, run, collect, can_skip=can_skip)
 
@@ -237,7 +239,7 @@ def _decode_sequentially(
     source: MediaSource, sampling: FrameSampling, *, name: str, limits: DecodeLimits, transform: Transform | None
 ) -> VideoFrames:
     """Decode every frame to count them, then again up to the last sampled one; two passes keep memory flat."""
-    with open_video(source, name=name, limits=limits) as (container, stream):
+    with open_video(source, name=name, limits=limits, decode_first=True) as (container, stream):
         pts: list[int | None] = [frame.pts for frame in _all_frames(container, stream, name=name, limits=limits)]
         fps = average_fps(stream) or 25.0
         times_s = _times_s(pts, float(stream.time_base), fps)
@@ -247,7 +249,7 @@ def _decode_sequentially(
     indices = _choose(sampling, times_s, fps, name=name, limits=limits)
     wanted = set(indices.tolist())
     collect = _Collector(name=name, limits=limits, transform=transform)
-    with open_video(source, name=name, limits=limits) as (container, stream):
+    with open_video(source, name=name, limits=limits, decode_first=True) as (container, stream):
         for index, frame in enumerate(_all_frames(container, stream, name=name, limits=limits)):
             if index in wanted:
                 collect.add(index, frame)
