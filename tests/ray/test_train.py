@@ -19,6 +19,7 @@ from train_store import ANSWERS, make_store
 
 from valley_ray.errors import ConfigError, DataError
 from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.model.lora import load_adapter
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, SampleIndex
@@ -247,3 +248,23 @@ def make_record(folder: Path, number: int) -> dict[str, object]:
         container.mux(stream.encode())
     turns = [{"from": "human", "value": "<video>\nWhat is moving?"}, {"from": "gpt", "value": ANSWERS[number % 4]}]
     return {"id": f"record-{number}", "video": f"{number}.mp4", "conversations": turns}
+
+
+def test_an_adapter_is_trained_after_a_plain_stage_and_merged_into_the_model(
+    tiny_valley: Path, store: Path, runs: Path
+) -> None:
+    stages = (
+        StageConfig(name="stage1", trainable="valley-stage1", learning_rate=1e-2, max_steps=3),
+        StageConfig(name="lora", trainable="valley-stage2-lora", learning_rate=1e-2, max_steps=5),
+    )
+    lora = {"r": 4, "dropout": 0.0}
+    result = train(make_config(tiny_valley, store, runs, "lora", stages=stages, lora=lora, checkpoint_every=4))
+    before = dict(ValleyForConditionalGeneration.from_pretrained(tiny_valley).core.named_parameters())
+    merged = ValleyForConditionalGeneration.from_pretrained(result.model_folder).core
+    changed = {name for name, value in merged.named_parameters() if not torch.equal(value, before[name])}
+    frozen = {name for name in before if "norm" in name or "lm_head" in name}
+    assert changed == before.keys() - frozen
+    separate = ValleyForConditionalGeneration.from_pretrained(tiny_valley).core
+    load_adapter(separate, result.model_folder / "adapter")
+    ids = torch.arange(5, 25)[None]
+    torch.testing.assert_close(separate(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)

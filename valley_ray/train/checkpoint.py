@@ -12,20 +12,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 from safetensors.torch import load_file, save_file
 
-from valley_ray.errors import ConfigError
-from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.config import validate_config
+from valley_ray.errors import CheckpointError, ConfigError
+from valley_ray.model import ValleyCore, ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.zero import ZeroEngine, load_parameters
 
 PROGRESS_FILE = "progress.json"
 EARLIER_FILE = "earlier.safetensors"
 ENGINE_TAG = "engine"
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,49 @@ def restore(*, world: int, run_key: str) -> Iterator[Restored | None]:
         yield Restored(progress=progress, earlier=load_file(folder / EARLIER_FILE), folder=folder)
 
 
-def export_model(source: Path, output: Path, trained: Mapping[str, torch.Tensor]) -> None:
+def put_trained(
+    core: ValleyCore, trained: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None, adapt: bool
+) -> None:
+    """Bring `core`, as its folder has it, to where the finished stages left it.
+
+    With `adapt`, or where `trained` holds an adapter, the language model gets one of the settings `lora`, since an
+    adapted layer has other parameter names.
+
+    Raises:
+        ConfigError: `lora` is not what `LoraSettings` takes, or does not fit the model.
+    """
+    known = {name for name, _ in core.named_parameters()}
+    load_parameters(core, {name: value for name, value in trained.items() if name in known})
+    if not adapt and trained.keys() <= known:
+        return
+    from valley_ray.model.lora import LoraSettings, add_lora  # seconds of import that only a run with LoRA pays
+
+    settings = validate_config(LoraSettings, dict(lora or {}), source="lora")
+    try:
+        add_lora(core, settings)
+    except CheckpointError as error:
+        raise ConfigError(f"lora: {error}") from error
+    load_parameters(core, {name: value for name, value in trained.items() if name not in known})
+
+
+def export_model(
+    source: Path, output: Path, trained: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None = None
+) -> None:
     """Write the model of folder `source` with `trained` (parameters of its core) to folder `output`, whole or not
-    at all; a model folder that was there is replaced."""
+    at all; a model folder that was there is replaced.
+
+    A trained adapter is merged into the model, and stands alone in `output`/adapter beside it.
+    """
     model = ValleyForConditionalGeneration.from_pretrained(source)
-    load_parameters(model.core, trained)
+    put_trained(model.core, trained, lora=lora, adapt=False)
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if any(".lora_" in name for name in trained):
+            from valley_ray.model.lora import merge_lora, save_adapter
+
+            save_adapter(model.core, temporary / ADAPTER_FOLDER)
+            merge_lora(model.core)
         model.save_pretrained(temporary)
         ValleyProcessor.from_pretrained(source).save_pretrained(temporary)
         if output.exists():

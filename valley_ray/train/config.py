@@ -120,6 +120,9 @@ class TrainConfig(Config):
     """Samples."""
     stages: tuple[StageConfig, ...] = Field(default_factory=valley_stages, min_length=1)
     """Stages, in order."""
+    lora: dict[str, Any] | None = None
+    """Shape of the adapter that a stage with the part `lora` trains: the settings of
+    `valley_ray.model.lora.LoraSettings`; None takes their defaults."""
     global_batch_size: int = Field(default=32, ge=1)
     """Samples per optimizer step, over all workers; the result does not depend on the number of workers."""
     micro_batch_size: int = Field(default=16, ge=1)
@@ -164,6 +167,8 @@ class TrainConfig(Config):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
+        if self.lora is not None and not any("lora" in stage.parts for stage in self.stages):
+            raise ValueError("lora is set but no stage trains it; add the part lora or the preset valley-stage2-lora")
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision fp16 needs use_gpu=true; take bf16 or fp32 on CPUs")
         return self

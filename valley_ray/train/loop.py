@@ -21,14 +21,17 @@ import transformers
 from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, restore, save
+from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, put_trained, restore, save
 from valley_ray.train.config import StageConfig, TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
 from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
 from valley_ray.train.packing import MicroBatch
 from valley_ray.train.plan import StagePlan
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
-from valley_ray.train.zero import ZeroEngine, build_engine, load_parameters
+from valley_ray.train.zero import ZeroEngine, build_engine
+
+_SEED_STRIDE = 1_000_003
+"""Between the seeds of two steps, so that runs whose seeds are neighbours share none."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class _Worker:
             for number in range(first, len(self._config.stages)):
                 self._run_stage(number, restored if number == first else None)
         if self._log is not None:
-            export_model(self._config.model, self._config.output, self._trained)
+            export_model(self._config.model, self._config.output, self._trained, lora=self._config.lora)
             self._log.plot()
         return {"num_steps": self._step, "loss": self._loss, "seconds": self._seconds}
 
@@ -139,8 +142,9 @@ class _Worker:
             max_steps=stage.max_steps,
         )
         model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
-        load_parameters(model.core, self._trained)
+        put_trained(model.core, self._trained, lora=config.lora, adapt="lora" in stage.parts)
         model.to(self._device)
+        model.core.train()
         groups = prepare_stage(model.core, stage)
         num_micro_batches = plan.num_micro_batches(self._world)
         engine = build_engine(model.core, groups, config, stage, num_micro_batches=num_micro_batches, world=self._world)
@@ -148,6 +152,8 @@ class _Worker:
 
     def _train(self, stage: _Stage, batches: StepBatches, feeder: Feeder) -> None:
         """One optimizer step. The loss is the mean over the label tokens of the global batch, on every rank."""
+        # Dropout of a resumed run is that of the run that was not interrupted.
+        torch.manual_seed(self._config.seed + _SEED_STRIDE * (self._step * self._world + self._rank))
         scale = learning_rate_scale(batches.index, stage.planned_steps, stage.config)
         loss = torch.zeros((), device=self._device)
         *accumulated, last = batches.micro_batches
@@ -236,5 +242,7 @@ class _Worker:
 
 def _run_key(config: TrainConfig, store_fingerprint: str) -> str:
     decides = config.model_dump(mode="json", include={"seed", "global_batch_size", "stages", "zero_stage", "precision"})
+    if config.lora is not None:
+        decides["lora"] = config.lora
     text = json.dumps({**decides, "store": store_fingerprint}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
