@@ -66,6 +66,8 @@ def test_every_option_reaches_the_assistant(
 ) -> None:
     image = tmp_path / "image.png"
     Image.linear_gradient("L").save(image)
+    other = tmp_path / "other.png"
+    Image.radial_gradient("L").save(other)
     words = [
         "--max-tokens",
         "9",
@@ -78,17 +80,19 @@ def test_every_option_reaches_the_assistant(
         "--system-prompt",
         "Describe",
     ]
+    words += ["--stop", "###", "--stop", "up"]
     frames = ["--fps", "4", "--start", "0.25", "--end", "1.25"]
-    media = ["--video", str(clip), "--image", str(image)]
+    media = ["--video", str(clip), "--image", str(image), "--image", str(other)]
     assert main(["ask", "--model", str(tiny_valley), QUESTION, "--json", *words, *frames, *media]) == 0
     with Assistant.from_pretrained(tiny_valley) as assistant:
         expected = assistant.ask(
             QUESTION,
             video=clip,
-            image=image,
+            image=[image, other],
             sampling=FrameSampling(num_frames=None, fps=4, start_s=0.25, end_s=1.25),
             params=SamplingParams(max_tokens=9, temperature=0.8, top_p=0.9, seed=3),
             system_prompt="Describe",
+            stop=("###", "up"),
         )
     shown = json.loads(capsys.readouterr().out)
     assert shown.pop("seconds") > 0
@@ -135,6 +139,7 @@ def test_mistakes_are_one_line(
     assert "expected a number at least 0, got 'nan'" in complaint(capsys, *ask, QUESTION, "--temperature", "nan")
     assert "expected a number over 0 and at most 1" in complaint(capsys, *ask, QUESTION, "--top-p", 1.5)
     assert "max_tokens=9999" in complaint(capsys, *ask, QUESTION, "--max-tokens", 9999)
+    assert "invalid choice: 'opencv' (choose from" in complaint(capsys, *video, QUESTION, "--decoder", "opencv")
     assert "question is empty" in complaint(capsys, *ask, " ")
     assert "not valid UTF-8" in complaint(capsys, *ask, "\udcff")
     assert "none.mp4: cannot be read (No such file" in complaint(
@@ -196,6 +201,12 @@ def test_version_and_help_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
         (["--help"], "serve"),
         (["ask", "--help"], "--num-frames"),
         (["serve", "--help"], "KEY=VALUE"),
+        (["chat", "--help"], "/reset"),
+        (["doctor", "--help"], "--json"),
+        (["convert", "--help"], "--dtype"),
+        (["merge-lora", "--help"], "--adapter"),
+        (["make-delta", "--help"], "--target"),
+        (["apply-delta", "--help"], "--delta"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
