@@ -7,6 +7,7 @@ for these reasons; where none applies, their pixels are equal. Headers are check
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from valley_ray.media.frames import VideoFrames
 from valley_ray.media.pyav_backend import Transform
 from valley_ray.media.sampling import FrameSampling, frame_indices, window_frames
 from valley_ray.media.source import DecodeLimits, MediaSource
+
+_FRAMES_AT_ONCE = 8
 
 
 def decode_video(
@@ -38,23 +41,36 @@ def decode_video(
         target = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source.absolute())
         reader = decord.VideoReader(target, num_threads=1)
         indices, times_s = _choose(reader, sampling, name=name, limits=limits)
-        frames_THWC: npt.NDArray[np.uint8] = reader.get_batch(indices.tolist()).asnumpy()
+        frames_THWC = _read(reader, indices, name=name, limits=limits, transform=transform)
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         # decord's own words are stack traces with the paths of its build machine: kept as the cause only.
         raise CorruptMediaError(f"{name}: decord cannot read it; use the decoder 'pyav' or re-encode it") from error
-    if transform is not None:
-        frames_THWC = np.stack([transform(frame_HWC) for frame_HWC in frames_THWC])
     return VideoFrames(frames_THWC, times_s)
 
 
+def _read(
+    reader: Any, indices: npt.NDArray[np.int64], *, name: str, limits: DecodeLimits, transform: Transform | None
+) -> npt.NDArray[np.uint8]:
+    """uint8 [T, H, W, 3]; a few frames at a time, so that memory holds few of full size."""
+    frames: list[npt.NDArray[np.uint8]] = []
+    num_bytes = 0
+    for first in range(0, len(indices), _FRAMES_AT_ONCE):
+        batch = reader.get_batch(indices[first : first + _FRAMES_AT_ONCE].tolist()).asnumpy()
+        frames.extend(batch if transform is None else [transform(frame_HWC) for frame_HWC in batch])
+        num_bytes += sum(frame.nbytes for frame in frames[first:])
+        if num_bytes > limits.max_output_bytes:
+            raise MediaLimitError(f"{name}: its frames are more than {limits.max_output_bytes=}; sample fewer")
+    return np.stack(frames)
+
+
 def _choose(
-    reader: object, sampling: FrameSampling, *, name: str, limits: DecodeLimits
+    reader: Any, sampling: FrameSampling, *, name: str, limits: DecodeLimits
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Indices int64 [T] and times float64 [T] of the sampled frames, by decord's own count and clock."""
-    num_frames = len(reader)  # type: ignore[arg-type]
-    stamps = np.asarray(reader.get_frame_timestamp(range(num_frames)), np.float64).reshape(num_frames, -1)[:, 0]  # type: ignore[attr-defined]
+    num_frames = len(reader)
+    stamps = np.asarray(reader.get_frame_timestamp(range(num_frames)), np.float64).reshape(num_frames, -1)[:, 0]
     first, last = window_frames(sampling, stamps, name=name)
-    fps = float(reader.get_avg_fps())  # type: ignore[attr-defined]
+    fps = float(reader.get_avg_fps())
     indices = first + frame_indices(sampling, num_frames=last - first, fps=fps)
     if len(indices) > limits.max_frames:
         raise MediaLimitError(f"{name}: {len(indices)} frames are more than {limits.max_frames=}; sample fewer")

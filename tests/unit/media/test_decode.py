@@ -8,9 +8,9 @@ import pytest
 from media_files import decode_all, write_clip
 from PIL import Image
 
-from valley_ray.errors import ConfigError, CorruptMediaError, EmptyMediaError, SamplingError
+from valley_ray.errors import ConfigError, CorruptMediaError, EmptyMediaError, MediaLimitError, SamplingError
 from valley_ray.media import pyav_backend
-from valley_ray.media.decode import frames, probe
+from valley_ray.media.decode import DecodeLimits, frames, probe
 from valley_ray.media.preprocess import Crop, resize_and_crop
 from valley_ray.media.sampling import FrameSampling
 
@@ -144,6 +144,18 @@ def test_decord_backend_equals_pyav_on_a_plain_clip(tmp_path):
     by_pyav, by_decord = (frames(path, FrameSampling(), backend=name) for name in ("pyav", "decord"))
     np.testing.assert_array_equal(by_decord.frames_THWC, by_pyav.frames_THWC)
     np.testing.assert_allclose(by_decord.pts_seconds, by_pyav.pts_seconds, atol=1e-3)
+
+
+def test_decord_backend_holds_the_limits_and_reads_bytes(tmp_path):
+    pytest.importorskip("decord")
+    path = write_clip(tmp_path / "a.mp4", size_wh=(128, 96))
+    many, crop = FrameSampling(num_frames=20), Crop(size=16, short_side=16)
+    by_name, by_bytes = (frames(source, many, backend="decord", crop=crop) for source in (path, path.read_bytes()))
+    assert by_name.frames_THWC.shape == (20, 16, 16, 3)
+    np.testing.assert_array_equal(by_name.frames_THWC, by_bytes.frames_THWC)
+    for limits in (DecodeLimits(max_frames=19), DecodeLimits(max_output_bytes=20 * 96 * 128 * 3 - 1)):
+        with pytest.raises(MediaLimitError, match=r"^a\.mp4: "):
+            frames(path, many, backend="decord", limits=limits)
 
 
 def test_unknown_backend_is_named(tmp_path):
