@@ -129,7 +129,10 @@ class Assistant:
         settings: Mapping[str, Any] | None = None,
         splice: str | None = None,
         base: str | Path | None = None,
-        **options: Any,
+        num_slots: int = 16,
+        policy: FetchPolicy | None = None,
+        sandbox_limits: SandboxLimits | None = None,
+        decoder: Backend = "pyav",
     ) -> Self:
         """Open a model folder, one of upstream's released layout included.
 
@@ -140,7 +143,10 @@ class Assistant:
             settings: fields of ProcessorConfig to change, for example ``{"prompt_style": "upstream-serve"}``.
             splice: replaces the model's rule of how visual tokens meet placeholders; see model/splice.py.
             base: folder under a LoRA folder, where the one that it names is out of reach.
-            options: as `Assistant` takes them: num_slots, policy, sandbox_limits, decoder.
+            num_slots: questions that are answered at once.
+            policy: what may be read; None means local files and data: URIs.
+            sandbox_limits: time and memory that decoding one file may take.
+            decoder: reader of videos; "decord" gives upstream's pixels, with its faults.
 
         Raises:
             CheckpointError: the folder cannot be opened.
@@ -149,7 +155,7 @@ class Assistant:
         model = load_model(folder, device=device, dtype=dtype, splice=splice, base=base)
         processor = ValleyProcessor.from_pretrained(folder if base is None else base, settings=settings)
         check_fit(model.config, processor)
-        return cls(model, processor, **options)
+        return cls(model, processor, num_slots=num_slots, policy=policy, sandbox_limits=sandbox_limits, decoder=decoder)
 
     def __enter__(self) -> Self:
         return self

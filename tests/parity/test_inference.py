@@ -1,6 +1,7 @@
 """Prompts of the original's two ways to ask, and the cleaning of its answers, against those that it recorded."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from parity_answers import Answerer
 from parity_model import stored_clips
 from parity_set import ROOT, expand_ids, load_json
 
+from valley_ray.assistant import Assistant
 from valley_ray.chat.conversation import Conversation, Message, from_marked_messages
 from valley_ray.chat.sentencepiece import SentencePieceTokenizer
 from valley_ray.chat.style import PromptOptions
@@ -15,7 +17,7 @@ from valley_ray.chat.styles import STYLES
 from valley_ray.chat.templates import SYSTEM_PROMPTS
 from valley_ray.chat.tokens import IM_PATCH
 from valley_ray.chat.upstream_serving import template_text
-from valley_ray.engine.engine import Prompt
+from valley_ray.engine.engine import Prompt, SamplingParams
 from valley_ray.errors import ConversationError
 from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
@@ -56,7 +58,8 @@ def test_messages_that_the_original_refuses_are_refused_but_for_the_role_assista
         if "error" not in case:
             continue
         messages = case["messages"]
-        if {message["role"] for message in messages} == {"system", "user", "assistant"}:
+        roles = {message["role"] for message in messages}
+        if "assistant" in roles and roles <= {"system", "user", "assistant", "assistent"}:
             renamed = [{**message, "role": message["role"].replace("assistant", "assistent")} for message in messages]
             expected = processor.prompt_text(from_marked_messages(renamed), [])
             assert processor.prompt_text(from_marked_messages(messages), []) == expected
@@ -113,6 +116,17 @@ def test_stop_words_end_answers_where_recorded_and_in_the_first_token_too_withou
         token_ids, text = answerer.with_settings(stop_skips_first_token=False).answer(prompt, max_tokens=max_tokens)
         assert token_ids == case["new_ids"][:first], context
         assert text == case["raw"].partition(case["keyword"])[0].strip(), context
+
+
+def test_every_checkpoint_answers_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = load_json("media.json")["image"]["file"]
+    image = next(path for path in (ROOT / "media").rglob("*") if path.name == Path(name).name)
+    monkeypatch.chdir(tmp_path)
+    for folder in sorted(path for path in (ROOT / "checkpoints").resolve().iterdir() if path.is_dir()):
+        with Assistant.from_pretrained(folder, num_slots=1) as assistant:
+            answer = assistant.ask("What is moving?", image=image, params=SamplingParams(max_tokens=4))
+            assert answer.token_ids, folder.name
+            assert answer.num_prompt_tokens > assistant.processor.num_patches, folder.name
 
 
 def each_answer() -> Iterator[tuple[str, Answerer, Prompt, dict[str, Any]]]:

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_tokenizer
+from sentencepiece import SentencePieceTrainer
+from tiny import SENTENCES, make_tokenizer
 from transformers import AddedToken, CLIPVisionConfig
 
+from valley_ray.chat.sentencepiece import SentencePieceTokenizer
 from valley_ray.chat.templates import SYSTEM_PROMPT_CHINESE, SYSTEM_PROMPT_V1
 from valley_ray.chat.tokens import ADDED_TOKENS
 from valley_ray.errors import CheckpointError
@@ -115,3 +118,20 @@ def test_a_tokenizer_without_the_added_tokens_is_named(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(folder)
     with pytest.raises(CheckpointError, match="lacks the added tokens"):
         ValleyProcessor.from_pretrained(folder)
+
+
+def test_the_sentencepiece_file_counts_where_a_fast_tokenizer_lies_beside_it(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, CLIP)
+    assert not isinstance(ValleyProcessor.from_pretrained(folder).tokenizer, SentencePieceTokenizer)
+    model = BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    assert not isinstance(ValleyProcessor.from_pretrained(folder).tokenizer, SentencePieceTokenizer)
+    added = {token: 60 + index for index, token in enumerate(ADDED_TOKENS)}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    processor = ValleyProcessor.from_pretrained(folder)
+    assert isinstance(processor.tokenizer, SentencePieceTokenizer)
+    ids = [*processor.tokenizer.encode("A red circle", add_special_tokens=False), added["[PAD]"], added["<im_patch>"]]
+    assert processor.decode_raw(ids) == "A red circle <im_patch>"

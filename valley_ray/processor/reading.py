@@ -34,11 +34,16 @@ def read_processor_config(folder: str | PathLike[str], *, settings: Mapping[str,
 def open_tokenizer(folder: Path) -> Tokenizer:
     """A model folder's tokenizer: tokenizer.json by transformers, else tokenizer.model by sentencepiece.
 
-    A LoRA folder without one takes that of its base. Raises CheckpointError naming the file that does not fit.
+    In upstream's layout tokenizer.model counts where both are there: its ids are upstream's, tokenizer.json's differ
+    around runs of spaces. A LoRA folder without a tokenizer takes that of its base. Raises CheckpointError naming the
+    file that does not fit.
     """
-    from valley_ray.chat.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+    from valley_ray.chat.sentencepiece import ADDED_TOKENS_FILE, MODEL_FILE, SentencePieceTokenizer
 
     folder = tokenizer_folder(folder)
+    has_slow_tokenizer = (folder / MODEL_FILE).is_file() and (folder / ADDED_TOKENS_FILE).is_file()
+    if has_slow_tokenizer and is_upstream_folder(folder):
+        return SentencePieceTokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
