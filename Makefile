@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-slow check format clean
+.PHONY: help install quickstart test test-slow test-parity check format clean
 help:
 	@echo "make quickstart   a small Valley trained from generated videos, answering over HTTP (minutes, CPU)"
 	@echo "make test         the test suite (<= 10 minutes on two cores)"
 	@echo "make test-slow    faults, sweeps and long runs (<= 60 minutes)"
+	@echo "make test-parity  the original's recorded outputs, and real videos; other sets: VALLEY_PARITY=... VALLEY_VIDEOS=..."
 	@echo "make check        lint, types, layers"
 	@echo "make format       rewrite the code in the house format"
 
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow' --timeout 3000
+
+test-parity: $(INSTALLED)
+	$(BIN)/python -m pytest tests/parity
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
