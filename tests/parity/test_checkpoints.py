@@ -61,10 +61,10 @@ def test_towers_are_the_recorded_ones(tmp_path: Path, monkeypatch: pytest.Monkey
         assert tower.preprocessor is not None, name
 
 
-def test_every_folder_with_weights_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_folder_opens_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recorded = load_json("checkpoints.json")["checkpoints"]
-    for folder in sorted((ROOT / "checkpoints").iterdir()):
+    load_json("checkpoints.json")
+    for folder in sorted(path for path in (ROOT / "checkpoints").iterdir() if path.is_dir()):
         model = ValleyForConditionalGeneration.from_pretrained(folder)
-        assert not any(parameter.is_meta for parameter in model.parameters()), folder
-        assert folder.name not in recorded or model.config.pooling in ("mean", "importance", "delta")
+        assert not any(tensor.is_meta for tensor in model.state_dict().values()), folder
+        assert not any("lora_" in name for name in model.state_dict()), folder

@@ -26,6 +26,9 @@ LANGUAGE_MODEL = "core.language_model."
 EXTRAS = "non_lora_trainables.safetensors"
 """File of what is trained beside the adapter; names are relative to the core."""
 
+BASE_LAYER = ".base_layer."
+"""What peft since 0.6 puts into the name of a weight under an adapter."""
+
 Pairs = dict[str, dict[str, torch.Tensor]]
 """`{"A": [r, D_in], "B": [D_out, r]}` by the name of the layer."""
 
@@ -53,13 +56,13 @@ class Adapter:
 
 
 def split_adapter(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Pairs]:
-    """The weights of `state` that are no LoRA matrices, and the matrices."""
+    """The weights of `state` that are no LoRA matrices, and the matrices; names as before peft put its layers in."""
     rest = {}
     pairs: Pairs = {}
     for name, tensor in state.items():
         match = _PART.match(name.removeprefix(LANGUAGE_MODEL))
         if match is None:
-            rest[name] = tensor
+            rest[name.replace(BASE_LAYER, ".")] = tensor
         else:
             pairs.setdefault(match["layer"], {})[match["part"]] = tensor
     return rest, pairs

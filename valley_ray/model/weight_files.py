@@ -102,7 +102,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path} holds more than tensors or is damaged; it is not opened, since a pickle can run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except Exception as error:  # damaged bytes are unpickled to whatever they lead to
         raise CheckpointError(f"{path} is no PyTorch weight file or is damaged; copy it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected a mapping of names to tensors")

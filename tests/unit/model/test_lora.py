@@ -1,6 +1,7 @@
 """Adapters: added, trained, saved, opened again, merged; and the words that refuse a bad one."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from valley_ray.errors import CheckpointError
 from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.model.checkpoint import their_name
 from valley_ray.model.lora import LoraSettings, add_lora, load_adapter, merge_lora, save_adapter
 from valley_ray.model.towers import read_tower
 
@@ -91,6 +93,22 @@ def test_a_bare_adapter_says_that_the_projector_is_the_bases(
     assert "projector and token table are those of its base" in caplog.text
     assert torch.equal(model.core.mm_projector.weight, opened(upstream_folder).core.mm_projector.weight)
     assert read_tower(folder).name == "tower"
+
+
+@pytest.mark.parametrize("inserted", ["", ".base_layer"])
+def test_base_and_adapter_in_one_folder_open_merged(inserted: str, upstream_folder: Path) -> None:
+    """The original's callback saves a model with its adapter inside; newer peft renames the weights under it."""
+    model = trained(upstream_folder)
+    folder = upstream_folder.parent / "both"
+    save_adapter(model.core, folder, adapter_only=True)
+    (folder / "config.json").write_bytes((upstream_folder / "config.json").read_bytes())
+    state = {their_name(name.replace(".base_layer", inserted)): value for name, value in model.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    torch.testing.assert_close(logits(opened(folder)), logits(model), atol=1e-5, rtol=1e-5)
+    (folder / "adapter_config.json").unlink()
+    shutil.copy(upstream_folder / "added_tokens.json", folder)
+    with pytest.raises(CheckpointError, match=r"unexpected: .*lora_A"):
+        opened(folder)
 
 
 def test_an_adapter_without_its_base(adapter: Path) -> None:
