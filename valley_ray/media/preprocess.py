@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from valley_ray.config import Config
 from valley_ray.errors import ConfigError
+from valley_ray.media.resample import resized_part
 
 
 class Crop(Config):
@@ -70,14 +71,15 @@ def resize_and_crop_frame(frame_HWC: npt.NDArray[np.uint8], crop: Crop) -> npt.N
     from PIL import Image
 
     height, width = frame_HWC.shape[:2]
-    new_width, new_height = _resized(width, height, crop)
-    resample = Image.Resampling.BILINEAR if crop.resample == "bilinear" else Image.Resampling.BICUBIC
-    resized = Image.fromarray(np.ascontiguousarray(frame_HWC)).resize((new_width, new_height), resample)
-    if crop.fit != "crop":
-        return np.asarray(resized)
+    new_size = _resized(width, height, crop)
     cut = round if crop.corner == "rounded" else math.floor
-    left, top = cut((new_width - crop.size) / 2), cut((new_height - crop.size) / 2)
-    return np.asarray(resized.crop((left, top, left + crop.size, top + crop.size)))
+    left, top = cut((new_size[0] - crop.size) / 2), cut((new_size[1] - crop.size) / 2)
+    part = (left, top, left + crop.size, top + crop.size)
+    if crop.fit == "crop" and crop.resample == "bilinear":
+        return resized_part(frame_HWC, new_size, part)
+    resample = Image.Resampling.BILINEAR if crop.resample == "bilinear" else Image.Resampling.BICUBIC
+    resized = Image.fromarray(np.ascontiguousarray(frame_HWC)).resize(new_size, resample)
+    return np.asarray(resized.crop(part) if crop.fit == "crop" else resized)
 
 
 def _resized(width: int, height: int, crop: Crop) -> tuple[int, int]:
@@ -100,8 +102,13 @@ def normalize(
     frames_THWC: npt.NDArray[np.uint8], *, mean: Sequence[float], std: Sequence[float]
 ) -> npt.NDArray[np.float32]:
     """uint8 [T, H, W, 3] in 0..255 -> float32 [T, 3, H, W]: scaled to 0..1, then (x - mean) / std per colour."""
-    pixels_THWC = frames_THWC.astype(np.float32)
-    pixels_THWC /= np.float32(255)
-    pixels_THWC -= np.asarray(mean, np.float32)
-    pixels_THWC /= np.asarray(std, np.float32)
-    return np.ascontiguousarray(pixels_THWC.transpose(0, 3, 1, 2))
+    num_frames, height, width, num_colors = frames_THWC.shape
+    pixels_TCHW = np.empty((num_frames, num_colors, height, width), np.float32)
+    means, stds = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    for frame_HWC, pixels_CHW in zip(frames_THWC, pixels_TCHW, strict=True):
+        for color, plane_HW in enumerate(pixels_CHW):  # one colour of one frame at a time stays in the cache
+            plane_HW[...] = frame_HWC[..., color]
+            plane_HW /= np.float32(255)
+            plane_HW -= means[color]
+            plane_HW /= stds[color]
+    return pixels_TCHW
