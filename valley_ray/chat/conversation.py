@@ -23,8 +23,6 @@ _ROLE_OF_SPEAKER: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-_NO_QUESTION = "the question is empty; ask something, for example 'What is moving?'"
-
 _KIND_OF_PART: dict[str, MediaKind] = {"video_url": "video", "image_url": "image"}
 
 
@@ -110,15 +108,21 @@ def from_openai(messages: Sequence[Mapping[str, Any]]) -> tuple[Conversation, li
         content, parts = _read_content(message.get("content"))
         if parts and role != "user":
             raise ConversationError(f"media parts belong in user messages, got one in a message of role {role!r}")
-        if role == "user" and not content.strip():
-            raise ConversationError(_NO_QUESTION)
+        if role == "user":
+            check_question(content)
         media.extend(parts)
         read.append(Message(role, content))
     conversation = Conversation(tuple(read))
     last = conversation.turns[-1]
-    if last.role == "user" and not MEDIA_MARK.sub("", last.content).strip():
-        raise ConversationError(_NO_QUESTION)
+    if last.role == "user":
+        check_question(MEDIA_MARK.sub("", last.content))
     return conversation, media
+
+
+def check_question(text: str) -> None:
+    """Raise ConversationError for a text without words."""
+    if not text.strip():
+        raise ConversationError("the question is empty; ask something, for example 'What is moving?'")
 
 
 def from_marked_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:

@@ -128,6 +128,7 @@ async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Pat
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role: ", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.parts.0: ", None),
         ({"messages": [{"role": "user", "content": "a <video>"}]}, "the text contains <video>", "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the question is empty", "messages"),
         ({"num_frames": 4, "fps": 1}, "send num_frames or fps, not both", None),
         ({"num_frames": 65}, "num_frames=65 is over this server's 64", "num_frames"),
     ],
