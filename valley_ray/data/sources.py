@@ -59,7 +59,7 @@ def join(tables: Sequence[tuple[pa.Table, pa.Table]]) -> tuple[pa.Table, pa.Tabl
     return joined, check_samples(pa.concat_tables([samples for _, samples in tables]), joined)
 
 
-def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path) -> list[Path]:
+def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path) -> list[str]:
     """Where the file `name` of a record may lie, in the order in which it is looked for.
 
     A video lies in the folder that the record's `source` names, in `media_root` itself, or, without a source, in
@@ -69,19 +69,20 @@ def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path) ->
     Raises:
         DataError: `source` is there but is no text.
     """
-    folders, names = [media_root], [name]
+    root = str(media_root.absolute())
+    folders, names = [root], [name]
     if kind == "video":
         source = record.get("source")
         if not isinstance(source, str | None):
             raise DataError(f"'source' must be the name of a folder, got {source!r:.80}")
-        folders = [media_root / _encodable(source, "source"), media_root] if source else [media_root]
-        folders += [media_root / DEFAULT_FOLDER] if not source else []
+        named = os.path.join(root, _encodable(source, "source") if source else DEFAULT_FOLDER)
+        folders = [named, root] if source else [root, named]
         names += [f"{name}.mp4"] if ".mp4" not in name else []
     elif isinstance(record.get("image"), list):
-        folders.append(Path())
-    elif "train2014" in str(media_root):
+        folders.append(os.getcwd())
+    elif "train2014" in root:
         names.append(COCO_PREFIX + name)
-    return list(dict.fromkeys((folder / one).absolute() for folder in folders for one in names))
+    return list(dict.fromkeys(os.path.join(folder, one) for folder in folders for one in names))
 
 
 def clip_row(
@@ -208,7 +209,7 @@ def _names_of(record: dict[str, Any], key: str) -> list[str]:
 def _clip_of(kind: str, names: Sequence[str], record: Mapping[str, Any], media_root: Path) -> dict[str, Any]:
     uris, reasons = [], []
     for name in names:
-        tried = [name] if "://" in name else [str(place) for place in places(kind, name, record, media_root)]
+        tried = [name] if "://" in name else places(kind, name, record, media_root)
         exists = [place for place in tried if "://" in place or os.path.exists(place)]
         uris.append((exists or tried)[0])
         if not exists:

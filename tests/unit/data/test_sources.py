@@ -120,7 +120,7 @@ def test_names_of_coco_may_lack_their_prefix(tmp_path: Path) -> None:
     root = tmp_path / "train2014"
     root.mkdir()
     (root / "COCO_train2014_000000000009.jpg").touch()
-    assert places("image", "000000000009.jpg", {}, root)[1].exists()
+    assert places("image", "000000000009.jpg", {}, root)[1] == str(root / "COCO_train2014_000000000009.jpg")
 
 
 @pytest.mark.parametrize(
