@@ -4,8 +4,14 @@ from typing import Any
 
 import pytest
 
-from valley_ray.chat import Conversation, MediaPart, Message, from_openai, from_valley_record
-from valley_ray.chat.conversation import from_marked_messages
+from valley_ray.chat import (
+    Conversation,
+    MediaPart,
+    Message,
+    from_marked_messages,
+    from_openai,
+    from_valley_record,
+)
 from valley_ray.errors import ConversationError
 
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "x.png"}}
