@@ -104,6 +104,22 @@ def test_every_option_reaches_the_assistant(
     }
 
 
+def test_switches_to_what_the_original_does_reach_the_assistant(
+    tiny_valley: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    switches = ["--prompt-style", "upstream-serve", "--splice", "upstream-serve", "--set", "max_length=400"]
+    command = ["ask", "--model", str(tiny_valley), "--video", str(clip), QUESTION, "--json", "--max-tokens", "8"]
+    assert main([*command, *switches, "--device", "cpu", "--dtype", "float32"]) == 0
+    settings = {"prompt_style": "upstream-serve", "max_length": 400}
+    with Assistant.from_pretrained(tiny_valley, settings=settings, splice="upstream-serve") as assistant:
+        expected = assistant.ask(QUESTION, video=clip, params=SamplingParams(max_tokens=8))
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["answer"], shown["num_prompt_tokens"]) == (expected.text, expected.num_prompt_tokens)
+    assert "prompt_style='none'" in complaint(capsys, *command, "--prompt-style", "none")
+    assert "did you mean 'prompt_style'" in complaint(capsys, *command, "--set", "prompt_stile=valley")
+    assert "--device banana cannot be used" in complaint(capsys, *command, "--device", "banana")
+
+
 def test_a_question_needs_no_media(tiny_valley: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ask", "--model", str(tiny_valley), "yes no"]) == 0
     assert len(capsys.readouterr().out) > 1

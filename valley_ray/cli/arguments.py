@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from valley_ray.errors import ConfigError
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from valley_ray.engine.engine import SamplingParams
 
 DEFAULT_MODEL = Path("models/nano")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,19 +23,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_assistant(command: argparse.ArgumentParser) -> None:
-    """--model, --system-prompt, --stop and --decoder."""
+    """--model and what is asked of it: --base, --device, --dtype, --system-prompt, --stop, --decoder and switches."""
     command.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, metavar="FOLDER", help="model folder (default: %(default)s)"
+    )
+    command.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="model under a LoRA folder (default: as the folder says)"
+    )
+    command.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, elsewhere as in the files)"
     )
     command.add_argument("--system-prompt", metavar="TEXT", help="instead of the model's own")
     command.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="an answer ends where it writes this; repeatable"
     )
-    command.add_argument(
+    upstream = command.add_argument_group("switches to what the original does (docs/upstream.md)")
+    upstream.add_argument(
         "--decoder",
         choices=("pyav", "decord"),
         default="pyav",
         help="video reader: pyav is exact (default), decord gives the original's frames with its faults",
+    )
+    upstream.add_argument(
+        "--prompt-style", metavar="STYLE", help="valley, upstream-train, upstream-build-inputs or upstream-serve"
+    )
+    upstream.add_argument("--splice", metavar="RULE", help="strict, upstream or upstream-serve")
+    upstream.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="another setting of processor_config.json, for example stop_skips_first_token=true; repeatable",
     )
 
 
@@ -67,6 +87,15 @@ def read_params(options: argparse.Namespace) -> "SamplingParams | None":
 
     params = SamplingParams(options.max_tokens or 128, options.temperature, options.top_p, seed=options.seed)
     return None if options.max_tokens is None and params == SamplingParams() else params
+
+
+def read_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of ProcessorConfig that --prompt-style and --set name."""
+    from valley_ray.config import apply_overrides
+
+    settings: dict[str, Any] = {}
+    apply_overrides(settings, options.set)
+    return settings if options.prompt_style is None else {**settings, "prompt_style": options.prompt_style}
 
 
 def number(

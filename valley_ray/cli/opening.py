@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from valley_ray.cli.arguments import DEFAULT_MODEL
-from valley_ray.errors import CheckpointError, ConversationError
+from valley_ray.cli.arguments import DEFAULT_MODEL, read_settings
+from valley_ray.errors import CheckpointError, ConfigError, ConversationError
 
 if TYPE_CHECKING:
     from valley_ray.assistant import Assistant
@@ -59,7 +59,7 @@ def read_sampling(options: argparse.Namespace) -> "FrameSampling | None":
     from valley_ray.media.sampling import FrameSampling
     from valley_ray.processor import read_processor_config
 
-    own = read_processor_config(options.model).sampling.model_dump()
+    own = read_processor_config(options.model if options.base is None else options.base).sampling.model_dump()
     if "num_frames" in given or "fps" in given:
         own.update(num_frames=None, fps=None)
     return validate_config(FrameSampling, {**own, **given}, source="the command line")
@@ -73,10 +73,33 @@ def open_assistant(options: argparse.Namespace, *, policy: "FetchPolicy") -> "As
         from valley_ray.assistant import Assistant
 
         quiet_libraries()
-        assistant = Assistant.from_pretrained(options.model, num_slots=1, policy=policy, decoder=options.decoder)
+        assistant = Assistant.from_pretrained(
+            options.model,
+            device=_device(options.device),
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            settings=read_settings(options),
+            splice=options.splice,
+            base=options.base,
+            num_slots=1,
+            policy=policy,
+            decoder=options.decoder,
+        )
         if assistant.model.num_parameters() < _SMALL_MODEL:
             torch.set_num_threads(1)
     return assistant
+
+
+def _device(name: str | None) -> str:
+    """`name`, checked; None: a GPU where there is one."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    return name
 
 
 def quiet_libraries() -> None:

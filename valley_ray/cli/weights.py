@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from valley_ray.cli.arguments import DTYPES
 from valley_ray.cli.opening import quiet_libraries
 from valley_ray.errors import CheckpointError
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def add_to(commands: Any) -> None:
