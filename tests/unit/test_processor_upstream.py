@@ -43,13 +43,13 @@ def make_folder(root: Path, preprocessor: dict[str, Any] | None, *, tower: str =
     return folder
 
 
-def test_pixels_are_those_of_the_tower_and_prompts_those_of_this_house(tmp_path: Path) -> None:
+def test_pixels_are_those_of_the_tower_and_prompts_those_of_its_training(tmp_path: Path) -> None:
     processor = ValleyProcessor.from_pretrained(make_folder(tmp_path, CLIP))
     assert processor.num_patches == 16
     assert processor.image_crop == Crop(size=28, short_side=32, resample="bicubic", corner="floored")
     assert processor.video_crop == Crop(size=28, short_side=32, resample="bilinear")
     assert (processor.image_mean, processor.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (processor.prompt_style, processor.stop_strings) == ("valley", ("###",))
+    assert (processor.prompt_style, processor.stop_strings) == ("upstream-train", ("###",))
     assert processor.system_prompt == SYSTEM_PROMPT_V1
     assert processor.max_length == 256, "the model's context is shorter than the tokenizer's 512"
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from valley_ray.chat.templates import ANSWER_END, SYSTEM_PROMPT_CHINESE, SYSTEM_PROMPT_V1
+from valley_ray.chat.templates import SYSTEM_PROMPT_CHINESE, SYSTEM_PROMPT_V1
 from valley_ray.config import validate_config
 from valley_ray.errors import CheckpointError
 from valley_ray.media.preprocess import Crop
@@ -48,7 +48,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def upstream_processor_config(folder: Path) -> ProcessorConfig:
-    """How upstream prepares media and asks for this model folder, in the prompt style of this house.
+    """How upstream prepared media and wrote conversations when it trained the model of this folder.
 
     Raises CheckpointError where its vision tower or the tower's image settings cannot be used.
     """
@@ -64,7 +64,9 @@ def upstream_processor_config(folder: Path) -> ProcessorConfig:
         "video_crop": Crop(size=side, short_side=round(_VIDEO_SHORT_SIDE * side / _VIDEO_CROP_SIDE)),
         "image_crop": _image_crop(settings, side=side, stretches=is_chinese, name=tower.name),
         "system_prompt": SYSTEM_PROMPT_CHINESE if is_chinese else SYSTEM_PROMPT_V1,
-        "stop_strings": (ANSWER_END,),
+        # The form these weights were trained on; `valley` would put end tokens behind earlier answers, which they
+        # never saw.
+        "prompt_style": "upstream-train",
         "max_length": _max_length(folder),
     }
     return validate_config(ProcessorConfig, values, source=f"{tower.name}: preprocessor_config.json")
