@@ -9,10 +9,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from valley_ray.errors import CheckpointError
@@ -61,19 +63,30 @@ def _write_combined(base: Path, model: Path, output: Path, combine: Combine) -> 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists already; give a new folder")
     tensors = _combined(base, model, combine)
+    try:
+        with _whole_folder(output) as folder:
+            _write_shards(tensors, folder)
+            _copy_other_files(model, folder)
+            _copy_tower_settings(config, model, folder)
+            text = json.dumps(_as_float16(config), indent=2, ensure_ascii=False)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write {output} ({reason}); free space, or name another folder") from error
+
+
+@contextmanager
+def _whole_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when all is written, and vanishes otherwise."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        _write_shards(tensors, unfinished)
-        _copy_other_files(model, unfinished)
-        _copy_tower_settings(config, model, unfinished)
-        text = json.dumps(_as_float16(config), indent=2, ensure_ascii=False)
-        (unfinished / "config.json").write_text(text + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
+        yield unfinished
+        # mkdtemp keeps others out; a model folder is as open as the folder that it lies in.
+        unfinished.chmod(output.parent.stat().st_mode & 0o777)
         unfinished.replace(output)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def _combined(base: Path, model: Path, combine: Combine) -> Iterator[tuple[str, torch.Tensor]]:

@@ -53,7 +53,10 @@ def read_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     for file in files:
-        state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        try:
+            state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
     return state
 
 
@@ -98,6 +101,8 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"  # files of torch before 1.6 are none and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors or is damaged; it is not opened, since a pickle can run code"

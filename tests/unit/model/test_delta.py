@@ -97,6 +97,12 @@ def test_an_output_that_breaks_half_way_is_not_there(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
 
 
+def test_an_output_that_cannot_be_written_is_said(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .*free space, or name another folder"):
+        make_delta(base, tmp_path / "theirs", tmp_path / "file" / "out")
+
+
 def test_tokenizer_and_settings_go_along(base: Path, tmp_path: Path) -> None:
     make_delta(base, tmp_path / "ours", tmp_path / "delta")
     kept = {path.name for path in (tmp_path / "ours").iterdir()}
