@@ -92,7 +92,8 @@ def _of_folder(name: str, folder: Path) -> ReleasedTower:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} of the vision tower cannot be used ({error})") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder / 'config.json'} of the vision tower cannot be used ({reason})") from error
     path = folder / "preprocessor_config.json"
     return ReleasedTower(name, getattr(config, "vision_config", config), read_json(path) if path.is_file() else None)
 

@@ -177,6 +177,13 @@ def test_the_tower_is_found_beside_the_checkpoint_from_any_working_directory(
     assert read_tower(upstream_folder).config.num_attention_heads == 2
 
 
+def test_a_tower_whose_config_cannot_be_read(upstream_folder: Path) -> None:
+    path = upstream_folder.parent / "tower" / "config.json"
+    for text in ("{", '{"model_type": "nonsense"}'):
+        path.write_text(text)
+        refused(upstream_folder, r"tower/config\.json of the vision tower cannot be used")
+
+
 def test_known_towers_need_no_network(upstream_folder: Path) -> None:
     for name, facts in KNOWN_TOWERS.items():
         change_config(upstream_folder, mm_vision_tower=name)
