@@ -42,5 +42,9 @@ def forward_inputs(variant: str) -> Iterator[ForwardInput]:
         is_text = ~(ids == patch_token).any(dim=1)
         labels = torch.from_numpy(arrays[f"{name}.labels"]).long()
         mask = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
-        frames = [torch.zeros(shape) if text else clips[shape[0]] for shape, text in zip(shapes, is_text, strict=True)]
+        frames = [
+            torch.zeros(shape) if text else clips.get(shape[0]) for shape, text in zip(shapes, is_text, strict=True)
+        ]
+        if any(clip is None for clip in frames):
+            continue
         yield ForwardInput(ids, mask, labels, lengths, frames)
