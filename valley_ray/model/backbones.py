@@ -1,16 +1,47 @@
-"""Makes room for the seven added tokens in a tokenizer and a language model, as upstream's training start does.
+"""Opens a tower, a language model and its tokenizer, and makes room for the seven added tokens in the latter two.
 
-Knows no Valley class; `ValleyForConditionalGeneration.from_backbones` is built on it.
+Knows no Valley class; `ValleyForConditionalGeneration.from_backbones` puts together what comes from here.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from valley_ray.errors import CheckpointError
 from valley_ray.model.config import ID_FIELD_OF_TOKEN
+from valley_ray.model.vision import vision_half
+from valley_ray.model.weight_files import listed
+
+
+def open_backbones(
+    tower: str | Path, language_model: str | Path, *, dtype: torch.dtype | str = "auto"
+) -> tuple[Any, Any, PreTrainedTokenizerBase]:
+    """Open what stage 1 starts from, each by folder or hub name: tower, causal language model, its tokenizer.
+
+    Any Hugging Face vision tower with square patches serves (of a two-sided model the vision half is taken), and any
+    causal language model; `dtype` is that of both, "auto" as in their files.
+
+    Raises:
+        CheckpointError: something is out of reach or damaged, lacks weights, or is no vision tower or language model.
+    """
+    vision = vision_half(_open(AutoModel.from_pretrained, tower, "vision tower", dtype=dtype))
+    absent = [field for field in ("hidden_size", "image_size", "patch_size") if not hasattr(vision.config, field)]
+    if absent:
+        raise CheckpointError(f"vision tower {tower}: its config.json has no {', '.join(absent)}; give a vision model")
+    language = _open(AutoModelForCausalLM.from_pretrained, language_model, "language model", dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(language_model)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"language model {language_model}: its tokenizer does not open ({' '.join(str(error).split())}); "
+            "copy the tokenizer's files into the folder"
+        ) from error
+    return vision, language, tokenizer
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -48,6 +79,27 @@ def grow_embeddings(language_model: Any, ids: dict[str, int], *, num_tokens: int
 def embedding_dtype(language_model: nn.Module) -> torch.dtype:
     """Data type of the token table, which the projector shares."""
     return language_model.get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
+
+
+def _open(load: Callable[..., Any], name: str | Path, what: str, *, dtype: torch.dtype | str) -> Any:
+    """A model by folder or hub name, every weight from its files."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise CheckpointError(f"{what} {name}: there is no such folder; give a folder or a name on the hub")
+    try:
+        model, info = load(name, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{what} {name}: a weight file is damaged ({error}); copy it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{what} {name} does not open ({reason}); give a folder with its files or a name on the hub"
+        ) from error
+    # A tower's pooler stands behind the hidden state that is taken, and many folders leave it out.
+    missing = [weight for weight in info["missing_keys"] if "pooler." not in weight]
+    if problems := listed("missing", missing):
+        raise CheckpointError(f"{what} {name}: {problems[0]}; copy its weight files again")
+    model.eval()
+    return model
 
 
 def _token_tables(language_model: Any) -> list[torch.Tensor]:

@@ -86,10 +86,12 @@ class ValleyCore(PreTrainedModel):
         """
         if len(features):
             return self._embed(input_ids, self._tokens_of(features))
-        embeddings = self._embed(input_ids, ())
         shape = (1, 1 + self.config.num_patches, self.mm_projector.in_features)
         zeros = torch.zeros(shape, dtype=self.mm_projector.weight.dtype, device=input_ids.device)
-        return embeddings + 0.0 * self._tokens_of([zeros])[0].sum().to(embeddings.dtype)
+        # Before the embedding, as with media: ZeRO-3 hangs where ranks gather weights in another order.
+        nothing = 0.0 * self._tokens_of([zeros])[0].sum()
+        embeddings = self._embed(input_ids, ())
+        return embeddings + nothing.to(embeddings.dtype)
 
     def _tokens_of(self, features: Features) -> list[torch.Tensor]:
         """Visual tokens [P + T, D] of every clip, by one call of the projector and of the pooling."""
