@@ -14,8 +14,25 @@ DEFAULT_MODEL = Path("models/nano")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's, with room for the longest option beside its help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Measure an action; argparse forgets the indent of subcommands, and breaks the line of the longest ones."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a ConfigError like any other."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's reason and where to read more."""
@@ -32,7 +49,10 @@ def add_assistant(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     command.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights (default: float32 on a CPU, elsewhere as in the files)"
+        "--dtype",
+        choices=DTYPES,
+        metavar="TYPE",
+        help="of the weights: float32, float16, bfloat16 (default: float32 on a CPU, else as in the files)",
     )
     command.add_argument("--system-prompt", metavar="TEXT", help="instead of the model's own")
     command.add_argument(
@@ -43,7 +63,8 @@ def add_assistant(command: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("pyav", "decord"),
         default="pyav",
-        help="video reader: pyav is exact (default), decord gives the original's frames with its faults",
+        metavar="NAME",
+        help="video reader: pyav, which is exact (default), or decord for the original's frames with its faults",
     )
     upstream.add_argument(
         "--prompt-style", metavar="STYLE", help="valley, upstream-train, upstream-build-inputs or upstream-serve"

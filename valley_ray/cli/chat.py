@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from valley_ray.cli.arguments import add_assistant, add_frames, add_words, read_params
+from valley_ray.cli.arguments import HelpFormatter, add_assistant, add_frames, add_words, read_params
 from valley_ray.cli.opening import (
     check_model,
     check_paths,
@@ -43,9 +43,9 @@ def add_to(commands: Any) -> None:
     chat = commands.add_parser(
         "chat",
         help=about,
-        description=f"{about} Inside it:",
-        epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about,
+        epilog=f"Inside it:\n{HELP}",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     chat.set_defaults(run=_run)
@@ -54,6 +54,10 @@ def add_to(commands: Any) -> None:
     chat.add_argument("--image", metavar="FILE", action="append", default=[], help="begin with this image; repeatable")
     add_frames(chat)
     add_words(chat)
+
+
+class _HelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of HELP."""
 
 
 class Chat:

@@ -18,12 +18,13 @@ def add_to(commands: Any) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    about = "Rewrite a model folder of any layout as a modern one: safetensors, processor, model card."
+    about = "Rewrite a model folder of any layout as a modern one."
     convert = commands.add_parser(
         "convert",
         help=about,
-        description=f"{about} Opens the original's released folders (.bin or safetensors), LoRA folders (merged) and "
-        "ours. Both folders give equal answers.",
+        description=f"{about} It has safetensors, processor and tokenizer, generation config and a model card. Opens "
+        "the original's released folders (.bin or safetensors), LoRA folders (merged) and ours. Both folders give "
+        "equal answers.",
         allow_abbrev=False,
     )
     convert.set_defaults(run=_run_convert)
@@ -33,8 +34,10 @@ def _add_convert(commands: Any) -> None:
 
 
 def _add_merge_lora(commands: Any) -> None:
-    about = "Merge a LoRA adapter into its base and write a model folder."
-    merge = commands.add_parser("merge-lora", help=about, description=about, allow_abbrev=False)
+    about = "Merge a LoRA adapter into its base."
+    merge = commands.add_parser(
+        "merge-lora", help=about, description=f"{about} Writes a model folder as `convert` does.", allow_abbrev=False
+    )
     merge.set_defaults(run=_run_merge_lora)
     merge.add_argument(
         "--adapter", type=Path, required=True, metavar="FOLDER", help="holds adapter_config.json and its weights"
@@ -47,8 +50,10 @@ def _add_merge_lora(commands: Any) -> None:
 
 
 def _add_make_delta(commands: Any) -> None:
-    about = "Write the difference between a model and its base language model, in float16."
-    make = commands.add_parser("make-delta", help=about, description=about, allow_abbrev=False)
+    about = "Write what a model adds to its base language model."
+    make = commands.add_parser(
+        "make-delta", help=about, description=f"{about} In float16, as the original does.", allow_abbrev=False
+    )
     make.set_defaults(run=_run_make_delta)
     make.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
     make.add_argument("--target", type=Path, required=True, metavar="FOLDER", help="model that was trained from it")
@@ -56,8 +61,13 @@ def _add_make_delta(commands: Any) -> None:
 
 
 def _add_apply_delta(commands: Any) -> None:
-    about = "Add a delta to its base language model: what the original released becomes a model folder."
-    apply = commands.add_parser("apply-delta", help=about, description=about, allow_abbrev=False)
+    about = "Add a delta to its base language model."
+    apply = commands.add_parser(
+        "apply-delta",
+        help=about,
+        description=f"{about} What the original released as a delta becomes a model folder.",
+        allow_abbrev=False,
+    )
     apply.set_defaults(run=_run_apply_delta)
     apply.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
     apply.add_argument("--delta", type=Path, required=True, metavar="FOLDER", help="folder written by make-delta")
@@ -127,4 +137,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as in the files)")
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        metavar="TYPE",
+        help="of the written weights: float32, float16, bfloat16 (default: as in the files)",
+    )
