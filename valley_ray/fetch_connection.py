@@ -84,8 +84,9 @@ def connect(parts: SplitResult, *, allow_private_addresses: bool, timeout_s: flo
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        message = f"{host}: no address found ({error.strerror or error}); check the host name"
+    except (OSError, UnicodeError) as error:
+        # UnicodeError: a label that is too long for a host name.
+        message = f"{host}: no address found ({getattr(error, 'strerror', None) or error}); check the host name"
         is_passing = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         raise (FetchInterruptedError if is_passing else FetchError)(message) from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))

@@ -62,8 +62,11 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, *, setting: str = "windows_dir") -> Iterator[None]:
     """Be the only writer of the store at `directory`, which is created; ends with the process at the latest.
+
+    Args:
+        setting: what the user changes to write elsewhere.
 
     Raises:
         DataError: another pipeline is writing there.
@@ -74,7 +77,7 @@ def exclusive(directory: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(
-                f"another pipeline is writing to {directory}; wait for its end or choose another windows_dir"
+                f"another pipeline is writing to {directory}; wait for its end or choose another {setting}"
             ) from error
         yield
 
