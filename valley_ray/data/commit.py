@@ -40,11 +40,15 @@ class ShardWriter:
         return self
 
     def append(self, values: Mapping[str, Any], frames: VideoFrames | None) -> int:
-        """Add a clip: `values` holds the scalar columns of SHARD_SCHEMA; returns its row number in the shard."""
+        """Add a clip: `values` holds the scalar columns of SHARD_SCHEMA that are not null; returns its row number."""
         shape = frames.frames_THWC.shape if frames is not None else (0, 0, 0, 3)
         data = np.ascontiguousarray(frames.frames_THWC).data.cast("B") if frames is not None else b""
         pts = frames.pts_seconds.tolist() if frames is not None else []
-        row = dict(values) | {"num_frames": shape[0], "height": shape[1], "width": shape[2], "pts_seconds": pts}
+        row = (
+            dict.fromkeys(SHARD_SCHEMA.names)
+            | dict(values)
+            | {"num_frames": shape[0], "height": shape[1], "width": shape[2], "pts_seconds": pts}
+        )
         columns = [
             _frames_column(data) if f.name == "frames" else pa.array([row[f.name]], f.type) for f in SHARD_SCHEMA
         ]

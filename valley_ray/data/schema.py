@@ -41,11 +41,16 @@ CLIPS_SCHEMA = pa.schema(
         ("content_digest", pa.string()),
         ("shard", pa.string()),
         ("row", pa.int32()),
+        ("duration_s", pa.float64()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
 )
 """clips. start_s/end_s: window in seconds, null for the whole clip. etag: identity of the bytes (mtime for files); a
 shard is keyed by (uri, etag, size_bytes, window, sampling, decoder version). shard/row: where its row lies. error of
-a pending clip: the places where its file was looked for in vain when the records were read."""
+a pending clip: the places where its file was looked for in vain when the records were read. duration_s, fps, width and
+height are the file's own, as its container says, and null where it does not or was not opened."""
 
 TURN_TYPE = pa.struct([("role", pa.string()), ("content", pa.string()), ("speaker", pa.string())])
 
@@ -77,12 +82,17 @@ SHARD_SCHEMA = pa.schema(
         ("num_frames", pa.int32()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("duration_s", pa.float64()),
+        ("fps", pa.float64()),
+        ("source_height", pa.int32()),
+        ("source_width", pa.int32()),
         ("frames", pa.large_binary()),
         ("pts_seconds", pa.list_(pa.float64())),
     ]
 )
 """shard. frames: uint8 [num_frames, height, width, 3] in C order, empty where status is failed (empty rather than null:
-a shard is the whole record of one block of work, failures included, so that a restart can take it over)."""
+a shard is the whole record of one block of work, failures included, so that a restart can take it over). height and
+width are those of the frames, source_height and source_width those of the file."""
 
 WINDOW_SCHEMA = pa.schema(
     [

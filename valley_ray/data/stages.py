@@ -61,9 +61,14 @@ OUTCOME_SCHEMA = pa.schema(
         ("content_digest", pa.string()),
         ("shard", pa.string()),
         ("row", pa.int32()),
+        ("duration_s", pa.float64()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
     ]
 )
-"""What DecodeStage gives back, a row for each row in; the frames stay on disk, in row `row` of `shard`."""
+"""What DecodeStage gives back, a row for each row in; the frames stay on disk, in row `row` of `shard`. duration_s to
+height: what the container says of the file, as in CLIPS_SCHEMA."""
 
 TRIED_AGAIN = (DecodeCrashError, DecodeTimeoutError, DecodeMemoryError)
 """Failures that another process may have caused; the others come out the same however often a file is decoded."""

@@ -125,7 +125,8 @@ def known_outcomes(store: WindowStore, clips: pa.Table, fingerprint: str) -> dic
             continue
         made_with, records = read_shard_records(path)
         fresh = [
-            {name: record[name] for name in OUTCOME_SCHEMA.names if name in record} | {"shard": path.name, "row": row}
+            {name: record[name] for name in OUTCOME_SCHEMA.names if name in record}
+            | {"shard": path.name, "row": row, "width": record["source_width"], "height": record["source_height"]}
             for row, record in enumerate(records)
             if record["clip_id"] not in known and etags.get(record["clip_id"]) == record["etag"]
         ]
