@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from valley_ray.answering import check_fit
 from valley_ray.errors import CheckpointError
@@ -147,10 +148,9 @@ def _whole_folder(output: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(mode)
         partial.replace(output)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {output} ({error.strerror or error}); free space, or name another folder"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise CheckpointError(f"cannot write {output} ({reason}); free space, or name another folder") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
