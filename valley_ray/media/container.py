@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,14 @@ def average_fps(stream: Any) -> float:
 def media_info(container: Any, stream: Any, *, num_frames: int | None) -> MediaInfo:
     """What the header says, with the number of frames as counted."""
     codec = stream.codec_context
+    seconds = duration_s(container, stream)
     return MediaInfo(
         kind="video",
         num_frames=num_frames,
-        fps=average_fps(stream),
+        fps=max(0.0, average_fps(stream)),
         width=codec.width,
         height=codec.height,
-        duration_s=duration_s(container, stream),
+        duration_s=seconds if seconds is not None and isfinite(seconds) and seconds >= 0 else None,
         stream_index=stream.index,
         codec=codec.codec.canonical_name,
         num_streams=len(container.streams),

@@ -7,13 +7,14 @@ for these reasons; where none applies, their pixels are equal. Headers are check
 
 import io
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from valley_ray.errors import ConfigError, CorruptMediaError, MediaLimitError
-from valley_ray.media.container import open_video
+from valley_ray.media.container import media_info, open_video
 from valley_ray.media.frames import VideoFrames
 from valley_ray.media.pyav_backend import Transform
 from valley_ray.media.sampling import FrameSampling, frame_indices, window_frames
@@ -35,17 +36,18 @@ def decode_video(
         import decord
     except ImportError as error:
         raise ConfigError("decord is not installed here; use the decoder 'pyav'") from error
-    with open_video(source, name=name, limits=limits):
-        pass
+    with open_video(source, name=name, limits=limits) as (container, stream):
+        info = media_info(container, stream, num_frames=None)
     try:
         target = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source.absolute())
         reader = decord.VideoReader(target, num_threads=1)
         indices, times_s = _choose(reader, sampling, name=name, limits=limits)
+        info = replace(info, num_frames=len(reader))
         frames_THWC = _read(reader, indices, name=name, limits=limits, transform=transform)
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         # decord's own words are stack traces with the paths of its build machine: kept as the cause only.
         raise CorruptMediaError(f"{name}: decord cannot read it; use the decoder 'pyav' or re-encode it") from error
-    return VideoFrames(frames_THWC, times_s)
+    return VideoFrames(frames_THWC, times_s, info)
 
 
 def _read(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from valley_ray.media.source import MediaInfo
+
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
@@ -14,6 +16,8 @@ class VideoFrames:
     """uint8 [T, H, W, 3], RGB. H = W = S of a crop, except one that keeps the shape of the picture."""
     pts_seconds: npt.NDArray[np.float64]
     """float64 [T]; presentation time of each frame on its container's clock; zeros for images."""
+    info: MediaInfo | None = None
+    """What the container said of the whole file that they were taken from."""
 
     def __post_init__(self) -> None:
         shape = self.frames_THWC.shape

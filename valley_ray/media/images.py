@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource, source
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_EXIF_ORIENTATION = 0x0112
+_EXIF_ROTATIONS = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
+"""Degrees counter-clockwise by the value of the orientation tag (Exif 2.3, 4.6.4), its mirroring left out."""
 
 
 def is_image(head: bytes) -> bool:
@@ -31,15 +35,15 @@ def is_image(head: bytes) -> bool:
 def probe_image(source: MediaSource, *, name: str, limits: DecodeLimits) -> MediaInfo:
     """The header of an image; raises CorruptMediaError or MediaLimitError."""
     with _open(source, name=name, limits=limits) as image:
-        return MediaInfo("image", 1, 0.0, image.width, image.height, None, None, (image.format or "").lower(), 1)
+        return _info(image)
 
 
 def decode_image(source: MediaSource, *, name: str, limits: DecodeLimits, transform: Transform | None) -> VideoFrames:
     """One frame [1, H, W, 3], whatever the sampling, turned upright by its EXIF orientation."""
-    frame_HWC = _read(source, name=name, limits=limits)
+    frame_HWC, info = _read(source, name=name, limits=limits)
     if transform is not None:
         frame_HWC = transform(frame_HWC)
-    return VideoFrames(frame_HWC[None], np.zeros(1))
+    return VideoFrames(frame_HWC[None], np.zeros(1), info)
 
 
 def list_frames(
@@ -60,7 +64,7 @@ def probe_folder(folder: Path, *, name: str, limits: DecodeLimits) -> MediaInfo:
     """The first image's header and the number of images."""
     found = list_frames(folder, name=name, limits=limits)
     first = probe_image(found[0], name=f"{name}/{found[0].name}", limits=limits)
-    return MediaInfo("frames", len(found), 0.0, first.width, first.height, None, None, first.codec, 1)
+    return replace(first, kind="frames", num_frames=len(found))
 
 
 def decode_folder(
@@ -77,27 +81,36 @@ def decode_folder(
     found = list_frames(folder, name=name, limits=limits, order=sampling.folder_order)
     indices = frame_indices(sampling, num_frames=len(found), fps=0.0)
     frames: dict[int, npt.NDArray[np.uint8]] = {}
+    infos: list[MediaInfo] = []
     for index in dict.fromkeys(indices.tolist()):
-        frame_HWC = _read(found[index], name=f"{name}/{found[index].name}", limits=limits)
+        frame_HWC, info = _read(found[index], name=f"{name}/{found[index].name}", limits=limits)
+        infos.append(info)
         frames[index] = frame_HWC if transform is None else transform(frame_HWC)
     if len({frame.shape for frame in frames.values()}) > 1:
         raise CorruptMediaError(f"{name}: its images differ in size; ask for a crop that makes them equal")
     frames_THWC = np.stack([frames[index] for index in indices.tolist()])
     if frames_THWC.nbytes > limits.max_output_bytes:
         raise MediaLimitError(f"{name}: its frames are more than {limits.max_output_bytes=}; sample fewer")
-    return VideoFrames(frames_THWC, np.zeros(len(indices)))
+    return VideoFrames(frames_THWC, np.zeros(len(indices)), replace(infos[0], kind="frames", num_frames=len(found)))
 
 
-def _read(source: MediaSource, *, name: str, limits: DecodeLimits) -> npt.NDArray[np.uint8]:
+def _read(source: MediaSource, *, name: str, limits: DecodeLimits) -> tuple[npt.NDArray[np.uint8], MediaInfo]:
     from PIL import ImageOps
 
     with _open(source, name=name, limits=limits) as image:
         try:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            rotation = _EXIF_ROTATIONS.get(image.getexif().get(_EXIF_ORIENTATION, 1), 0)
+            info = _info(image, rotation=rotation)
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB")), info
         except (OSError, SyntaxError, ValueError) as error:
             if "truncated" in str(error):
                 raise TruncatedMediaError(f"{name}: the image is cut off; copy the file again") from error
             raise CorruptMediaError(f"{name}: the image does not decode ({_line(error)})") from error
+
+
+def _info(image: Any, *, rotation: int | None = None) -> MediaInfo:
+    codec = (image.format or "").lower()
+    return MediaInfo("image", 1, 0.0, image.width, image.height, None, None, codec, 1, rotation)
 
 
 def _open(source: MediaSource, *, name: str, limits: DecodeLimits) -> Any:

@@ -5,7 +5,7 @@ that no other frame refers to. Whatever does not go by plan is decoded from the 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, dropwhile, pairwise
 from typing import Any
 
@@ -80,7 +80,7 @@ def decode_video(
                 if isinstance(error, MemoryError):
                     raise
             else:
-                return collect.result(indices, times_s)
+                return collect.result(indices, times_s, media_info(container, stream, num_frames=len(times_s)))
     return _decode_sequentially(source, sampling, name=name, limits=limits, transform=transform)
 
 
@@ -106,6 +106,7 @@ class _Collector:
         self._transform = transform
         self._frames: dict[int, npt.NDArray[np.uint8]] = {}
         self._num_bytes = 0
+        self._rotation: int | None = None
         self._reformatter = VideoReformatter()
 
     def __contains__(self, index: int) -> bool:
@@ -117,6 +118,7 @@ class _Collector:
         # A frame's own conversion starts threads and computes its tables anew for every frame.
         rgb: Any = self._reformatter.reformat(frame, format="rgb24", threads=1)
         frame_HWC: npt.NDArray[np.uint8] = rgb.to_ndarray()
+        self._rotation = frame.rotation
         if frame.rotation % 360:
             frame_HWC = np.rot90(frame_HWC, frame.rotation // 90)
         if self._transform is not None:
@@ -128,7 +130,7 @@ class _Collector:
             )
         self._frames[index] = frame_HWC
 
-    def result(self, indices: npt.NDArray[np.int64], times_s: npt.NDArray[np.float64]) -> VideoFrames:
+    def result(self, indices: npt.NDArray[np.int64], times_s: npt.NDArray[np.float64], info: MediaInfo) -> VideoFrames:
         """The frames at `indices`, repeated where they repeat."""
         shapes = {frame.shape for frame in self._frames.values()}
         if len(shapes) > 1:
@@ -140,7 +142,7 @@ class _Collector:
             )
         for row, index in enumerate(indices):
             frames_THWC[row] = self._frames[int(index)]
-        return VideoFrames(frames_THWC, times_s[indices])
+        return VideoFrames(frames_THWC, times_s[indices], replace(info, rotation=self._rotation))
 
 
 def _decode_planned(
@@ -246,6 +248,7 @@ def _decode_sequentially(
         check_complete(container, stream, times_s, name=name)
         if not len(times_s):
             raise CorruptMediaError(f"{name}: not one frame of its video stream decodes")
+        info = media_info(container, stream, num_frames=len(times_s))
     indices = _choose(sampling, times_s, fps, name=name, limits=limits)
     wanted = set(indices.tolist())
     collect = _Collector(name=name, limits=limits, transform=transform)
@@ -255,7 +258,7 @@ def _decode_sequentially(
                 collect.add(index, frame)
             if index >= indices[-1]:
                 break
-    return collect.result(indices, times_s)
+    return collect.result(indices, times_s, info)
 
 
 def _all_frames(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> Iterator[Any]:

@@ -70,7 +70,8 @@ def _answer(header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], npt.ND
     crop = None if header["crop"] is None else Crop(**header["crop"])
     sampling = FrameSampling(**header["sampling"])
     video = decode.frames(source, sampling, name=name, backend=header["backend"], crop=crop, limits=limits)
-    return {"pts_seconds": video.pts_seconds.tolist()}, video.frames_THWC
+    assert video.info is not None, "every decoder says what the container said"
+    return {"pts_seconds": video.pts_seconds.tolist(), "info": asdict(video.info)}, video.frames_THWC
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from valley_ray.config import Config
 from valley_ray.errors import SourceNotFoundError
@@ -13,6 +13,8 @@ MediaSource = Path | bytes
 """A file, a folder of frame images, or the bytes of a file."""
 
 MediaKind = Literal["video", "image", "frames"]
+
+_Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class DecodeLimits(Config):
@@ -36,23 +38,41 @@ class DecodeLimits(Config):
 class MediaInfo:
     """What a file says about itself, without decoding it."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     kind: MediaKind
-    num_frames: int | None
+    num_frames: _Count | None
     """Frames that are shown; None where only decoding tells (animated GIF, streams without times)."""
-    fps: float
+    fps: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Average frames per second; 0 for images and frame folders."""
-    width: int
+    width: _Count
     """Coded width, pixels, before rotation."""
-    height: int
+    height: _Count
     """Coded height, pixels, before rotation."""
-    duration_s: float | None
+    duration_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     """Length of the container, seconds; None where it does not say."""
-    stream_index: int | None
+    stream_index: _Count | None
     """Index of the video stream that is read; None for images."""
-    codec: str
+    codec: Annotated[str, Field(max_length=64)]
     """Codec or image format name."""
-    num_streams: int
+    num_streams: _Count
     """Streams in the container."""
+    rotation: Annotated[int, Field(ge=-360, le=360)] | None = None
+    """Degrees counter-clockwise that turn the coded picture upright; None where no decoded frame has told."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height as shown, pixels."""
+        turned = bool((self.rotation or 0) % 180)
+        return (self.height, self.width) if turned else (self.width, self.height)
+
+
+_MEDIA_INFO = TypeAdapter(MediaInfo)
+
+
+def parse_media_info(fields: object) -> MediaInfo:
+    """Media information from the fields that another process sent; raises ValueError unless each is of its range."""
+    return _MEDIA_INFO.validate_python(fields)
 
 
 def source_name(source: MediaSource, name: str | None = None) -> str:

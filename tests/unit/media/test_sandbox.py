@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import av
 import numpy as np
@@ -27,6 +28,7 @@ from valley_ray.media import decode
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox, SandboxLimits
+from valley_ray.media.source import MediaInfo
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,8 @@ def test_frames_equal_those_decoded_in_process(sandbox, clip):
             want = decode.frames(source, FrameSampling(fps=7), crop=crop)
             np.testing.assert_array_equal(got.frames_THWC, want.frames_THWC)
             np.testing.assert_array_equal(got.pts_seconds, want.pts_seconds)
+            assert got.info == want.info
+            assert got.info is not None
     assert sandbox.probe(clip) == decode.probe(clip)
 
 
@@ -161,6 +165,17 @@ def test_frames_of_8192_pixels_are_refused_by_their_header(sandbox, tmp_path):
         sandbox.frames(path, FrameSampling())
 
 
+INFO = asdict(MediaInfo("video", 1, 25.0, 1, 1, 0.04, 0, "h264", 1, 0))
+
+
+def test_a_well_formed_reply_is_taken(clip):
+    reply = {"shape": [1, 1, 1, 3], "pts_seconds": [0.5], "info": INFO}
+    with Sandbox(command=send_reply(reply, b"abc")) as sandbox:
+        video = sandbox.frames(clip, FrameSampling())
+    assert video.frames_THWC.tobytes() == b"abc"
+    assert video.info == MediaInfo(**INFO)
+
+
 def send_reply(header, body=b""):
     """A child that answers its first request with these bytes."""
     ready, text = b'{"ready": true}', json.dumps(header).encode() if isinstance(header, dict) else header
@@ -179,8 +194,17 @@ def send_reply(header, body=b""):
         {"shape": [1 << 20, 1 << 20, 1 << 20, 3], "pts_seconds": []},
         {"shape": [-1, 2, 2, 3], "pts_seconds": []},
         {"shape": "many"},
-        {"pts_seconds": [0.0]},
-        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0, 1.0]},
+        {"pts_seconds": [0.0], "info": INFO},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0, 1.0], "info": INFO},
+        {"shape": [1, 1, 1, 3], "pts_seconds": {"0": 0.0}, "info": INFO},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0]},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": [1]},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"width": -1}},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"height": 10**40}},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"fps": float("nan")}},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"codec": "x" * 1000}},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"kind": "tape"}},
+        {"shape": [1, 1, 1, 3], "pts_seconds": [0.0], "info": INFO | {"more": 1}},
         {"error": {"code": "no_such_code", "message": "a.mp4: odd"}},
         b"[]",
         b"not json",
