@@ -90,7 +90,7 @@ def test_lists_give_url_name_and_expectations(tmp_path: Path, ending: str) -> No
     assert rows[0].path.endswith(".webm")
     assert rows[0].shown_url == "https://media.example/clips/A clip.webm"
     assert (rows[1].path, rows[1].sha256, rows[1].size_bytes) == ("sub/in/b.mp4", "a" * 64, 12)
-    assert [row.error.split("must")[0] for row in rows] == ["'link' ", "", "'sha256' ", "'link' ", "'size_bytes' "]
+    assert [row.error.split("must")[0] for row in rows] == ["", "", "'sha256' ", "'link' ", "'size_bytes' "]
 
 
 def test_a_text_file_holds_a_url_a_line(tmp_path: Path) -> None:

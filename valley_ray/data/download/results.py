@@ -31,6 +31,8 @@ class DownloadSummary:
     failed: int
     by_error_class: dict[str, int]
     """Failed rows by class."""
+    examples: dict[str, str]
+    """The first failed row of each class: its id and the reason."""
     num_files: int
     """Different URLs among the rows that could be used."""
     files_fetched: int
@@ -62,6 +64,9 @@ def write_results(
         ok=sum(row["status"] == OK for row in ended),
         failed=failed.total(),
         by_error_class=dict(failed.most_common()),
+        examples={
+            row["error_class"]: f"{row['row_id']}: {row['error']}" for row in reversed(ended) if row["status"] == FAILED
+        },
         num_files=progress.num_files,
         files_fetched=progress.ended[OK] - progress.found,
         files_found=progress.found,

@@ -1,7 +1,6 @@
 """Downloads, top to bottom: lists → rows → attempts on the cluster → ledger, clips table, summary.
 
-The driver hands single attempts to the workers and keeps the schedule and the ledger; a worker keeps nothing. Needs an
-initialised Ray.
+The driver hands single attempts to the workers and keeps the schedule and the ledger; a worker keeps nothing.
 """
 
 import dataclasses
@@ -30,6 +29,7 @@ from valley_ray.data.download.sources import Row, read_rows
 from valley_ray.data.download.worker import start_workers
 from valley_ray.data.schema import FAILED, OK, PENDING
 from valley_ray.errors import FetchTimeoutError, StorageError
+from valley_ray.session import connect
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,14 @@ _MAX_LOSSES = 3
 def run_downloads(config: DownloadConfig, *, on_progress: Callable[[str], None] = lambda line: None) -> DownloadSummary:
     """Fetch what the lists of `config` name, as far as earlier runs have not; every row ends as ok or failed.
 
+    Connects this process to Ray where it is not yet and something is to be fetched.
+
     Args:
         on_progress: gets a line every two seconds.
 
     Raises:
         DataError: a list that cannot be read, or another run with the same ledger.
-        ConfigError: headers or cookies that cannot be read; yt-dlp is wanted and missing.
+        ConfigError: headers or cookies that cannot be read; yt-dlp is wanted and missing; RAY_ADDRESS cannot be joined.
         StorageError: the disk is full or not writable; what was finished is recorded, and the next run goes on.
     """
     rows = read_rows(config)
@@ -67,6 +69,7 @@ def run_downloads(config: DownloadConfig, *, on_progress: Callable[[str], None] 
         progress = Progress(num_files=len(wanted), taken_over=len(wanted) - len(pending))
         try:
             if pending:
+                connect(include_dashboard=False)
                 workers = start_workers(config, credentials)
                 _Run(config, ledger, progress, workers, on_progress).work(pending)
         finally:
@@ -118,7 +121,9 @@ class _Run:
                     job = self._running.pop(reference)
                     self._load[job.worker] -= 1
                     self._take(job, reference)
-                self._tell()
+                if time.monotonic() >= self._next_line:
+                    self._tell()
+            self._tell()
         finally:
             for worker in self._workers:
                 ray.kill(worker)
@@ -209,8 +214,6 @@ class _Run:
             self._progress.fetched_bytes += job.outcome.size_bytes or 0
 
     def _tell(self) -> None:
-        if time.monotonic() < self._next_line:
-            return
         try:
             counts = ray.get([worker.num_bytes_received.remote() for worker in self._workers], timeout=1.0)
             self._num_bytes_received = max(self._num_bytes_received, sum(counts))

@@ -1,0 +1,59 @@
+"""Fetch lists of videos: python jobs/download.py [CONFIG.yaml] [key=value ...]. Default: clips of its own."""
+
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from valley_ray.config import load_config
+from valley_ray.data.download.config import DownloadConfig
+from valley_ray.errors import ValleyError
+from valley_ray.session import connect
+from valley_ray.storage import storage_root
+
+DEFAULT = Path(__file__).parent / "configs" / "download.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 (failed rows included: the summary counts them), or 2 with one line on stderr for a mistake."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    overrides = [argument for argument in arguments if "=" in argument]
+    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    try:
+        if len(paths) > 1:
+            raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
+        config = load_config(DownloadConfig, paths[0] if paths else DEFAULT, overrides).under(storage_root())
+        demo = load_config(DownloadConfig, DEFAULT).under(storage_root())
+        print(f"media: {config.media_root}", flush=True)
+        from valley_ray.data.download.run import run_downloads
+
+        with _own_clips(demo.sources[0].path) if config.sources == demo.sources else nullcontext():
+            summary = run_downloads(config, on_progress=lambda line: print(line, flush=True))
+    except ValleyError as error:
+        print(f"download: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("download: stopped; what has ended is recorded, start again to go on", file=sys.stderr)
+        return 130
+    for error_class, example in summary.examples.items():
+        print(f"failed  {summary.by_error_class[error_class]} x {error_class}, for example {example}")
+    print(f"ledger  {summary.ledger}\nclips   {summary.clips}")
+    print(json.dumps(asdict(summary)))
+    return 0
+
+
+def _own_clips(list_file: Path) -> AbstractContextManager[None]:
+    """What the default configuration downloads, served while the block runs, to the nodes of a cluster too."""
+    import ray
+
+    from valley_ray.nano.site import serve_scenes
+
+    connect(include_dashboard=False)
+    return serve_scenes(list_file, host=ray.util.get_node_ip_address())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
