@@ -41,8 +41,7 @@ def open_video(
     """Yield (container, best video stream), its header checked; one decoding thread, other streams not read.
 
     Args:
-        decode_first: let libav decode the first frames of every stream, also where the header tells enough. Without,
-            a decoder may not know yet how many frames it has to hold back to put them in order.
+        decode_first: let libav decode the first frames of every stream, also where the header tells enough.
 
     Raises:
         NotMediaError, TruncatedMediaError (an mp4 without its index), CorruptMediaError: the header cannot be read.

@@ -38,12 +38,6 @@ class PacketTable:
         """float64 [F], presentation time of each shown frame, seconds."""
         return self.pts[self.shown].astype(np.float64) * time_base
 
-    def reorder_depth(self) -> int:
-        """How many frames a decoder has to hold back to show the others in order."""
-        ranks = np.empty(len(self.pts), np.int64)
-        ranks[np.argsort(self.pts)] = np.arange(len(self.pts))
-        return int((np.arange(len(self.pts)) - ranks).max(initial=0))
-
 
 def read_packets(container: Any, stream: Any, *, name: str, limits: DecodeLimits) -> PacketTable | None:
     """List the packets of `stream` to the end of the file; None where they do not tell which frames are shown when.

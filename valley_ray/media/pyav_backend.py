@@ -24,9 +24,6 @@ from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource
 Transform = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 """uint8 [H, W, 3] -> uint8 [H', W', 3], for example a crop."""
 
-_MAX_REORDER_DEPTH = 16
-"""Frames that an H.264 decoder can hold (H.264, A.3.1)."""
-
 
 @dataclass(frozen=True)
 class _Target:
@@ -148,11 +145,7 @@ class _Collector:
 def _decode_planned(
     container: Any, stream: Any, table: PacketTable, indices: npt.NDArray[np.int64], collect: _Collector
 ) -> None:
-    codec = stream.codec_context
-    can_skip = _skips_exactly(codec)
-    if codec.name == "h264":
-        # Where its parameters do not say (VUI, num_reorder_frames), the decoder guesses and drops late frames.
-        codec.reorder_depth = max(codec.reorder_depth, min(table.reorder_depth(), _MAX_REORDER_DEPTH))
+    can_skip = _skips_exactly(stream.codec_context)
     for run in _plan(table, indices):
         _decode_run(container, stream, table, run, collect, can_skip=can_skip)
 
