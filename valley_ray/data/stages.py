@@ -113,9 +113,11 @@ class DecodeStage:
             for clip in clips:
                 outcome, frames = self._decode(clip)
                 num_frames = len(frames) if frames is not None else 0
-                row = shard.append({"clip_id": clip["clip_id"], "etag": clip["etag"], **outcome}, frames)
+                said = _said(frames)
+                of_file = said | {"source_width": said["width"], "source_height": said["height"]}
+                row = shard.append({"clip_id": clip["clip_id"], "etag": clip["etag"], **outcome, **of_file}, frames)
                 place = {"clip_id": clip["clip_id"], "num_frames": num_frames, "shard": name, "row": row}
-                outcomes.append(outcome | place)
+                outcomes.append(outcome | place | said)
         return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
 
     def _decode(self, clip: Mapping[str, Any]) -> tuple[dict[str, Any], VideoFrames | None]:
@@ -143,7 +145,7 @@ class DecodeStage:
         if len({part.frames_THWC.shape[1:] for part in parts}) > 1:
             raise CorruptMediaError(f"{names[0]} ...: the images of one clip differ in size; ask for a crop or stretch")
         frames_THWC = np.concatenate([part.frames_THWC for part in parts])
-        return VideoFrames(frames_THWC, np.concatenate([part.pts_seconds for part in parts]))
+        return VideoFrames(frames_THWC, np.concatenate([part.pts_seconds for part in parts]), parts[0].info)
 
     def _plan_of(self, clip: Mapping[str, Any]) -> tuple[FrameSampling, Crop]:
         """How the clip is read; its own window replaces the sampling's."""
@@ -153,6 +155,19 @@ class DecodeStage:
         values = self.sampling.model_dump() | window
         sampling = validate_config(FrameSampling, values, source=f"the window of {clip['uri']}")
         return self.processing.media_plan("video", sampling, is_folder=clip["kind"] == "frames")
+
+
+def _said(frames: VideoFrames | None) -> dict[str, Any]:
+    """The columns that tell what the container said, upright; null where it did not."""
+    if frames is None or frames.info is None:
+        return dict.fromkeys(("duration_s", "fps", "width", "height"))
+    width, height = frames.info.upright_size
+    return {
+        "duration_s": frames.info.duration_s,
+        "fps": frames.info.fps or None,
+        "width": width or None,
+        "height": height or None,
+    }
 
 
 def _source_of(uri: str, policy: FetchPolicy) -> Path | bytes:

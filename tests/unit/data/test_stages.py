@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_clips import turns, write_clip
+from data_clips import SIDE, turns, write_clip
 from PIL import Image
 from tiny import make_tiny_valley
 
 from valley_ray.data.schema import FAILED, OK, PENDING
-from valley_ray.data.shards import WindowStore
+from valley_ray.data.shards import WindowStore, read_shard_records
 from valley_ray.data.sources import clip_row
 from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage, TokenizeStage, decoder_version
 from valley_ray.fetch import FetchPolicy
@@ -63,6 +63,20 @@ def test_good_and_bad_files_of_one_block_each_get_their_row(tmp_path: Path) -> N
     means = video.reshape(4, -1).mean(1)
     np.testing.assert_allclose(means, [100, 102, 104, 107], atol=2, err_msg="truncated linspace(0, 7, 4); H.264 noise")
     assert image.shape == (1, 32, 32, 3)
+
+
+def test_what_the_container_says_is_in_the_outcome_and_in_the_shard(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "good.mp4", brightness=100)
+    Image.new("RGB", (40, 20)).save(tmp_path / "still.png")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    rows = [clip_row("video", str(clip)), clip_row("image", str(tmp_path / "still.png"))]
+    outcomes = decode(tmp_path, [*rows, clip_row("video", str(tmp_path / "empty.mp4"))])
+    names = ("duration_s", "fps", "width", "height")
+    want = [(1.0, 8.0, SIDE, SIDE), (None, None, 40, 20), (None,) * 4]
+    assert [tuple(outcome[name] for name in names) for outcome in outcomes] == want
+    _, records = read_shard_records(tmp_path / outcomes[0]["shard"])
+    in_shard = ("duration_s", "fps", "source_width", "source_height")
+    assert [tuple(record[name] for name in in_shard) for record in records] == want
 
 
 def test_clip_that_hangs_is_tried_twice_and_then_failed(tmp_path: Path) -> None:
