@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -34,14 +35,7 @@ def open_backbones(
     if absent:
         raise CheckpointError(f"vision tower {tower}: its config.json has no {', '.join(absent)}; give a vision model")
     language = _open(AutoModelForCausalLM.from_pretrained, language_model, "language model", dtype=dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"language model {language_model}: its tokenizer does not open ({' '.join(str(error).split())}); "
-            "copy the tokenizer's files into the folder"
-        ) from error
-    return vision, language, tokenizer
+    return vision, language, _open_tokenizer(language_model)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -89,7 +83,7 @@ def _open(load: Callable[..., Any], name: str | Path, what: str, *, dtype: torch
         model, info = load(name, dtype=dtype, output_loading_info=True)
     except SafetensorError as error:
         raise CheckpointError(f"{what} {name}: a weight file is damaged ({error}); copy it again") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{what} {name} does not open ({reason}); give a folder with its files or a name on the hub"
@@ -100,6 +94,21 @@ def _open(load: Callable[..., Any], name: str | Path, what: str, *, dtype: torch
         raise CheckpointError(f"{what} {name}: {problems[0]}; copy its weight files again")
     model.eval()
     return model
+
+
+def _open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+    else:
+        # Without its files transformers makes up a tokenizer that knows its special tokens alone.
+        if len(tokenizer) > len(tokenizer.all_special_tokens):
+            return tokenizer
+        reason = "it has no words"
+    raise CheckpointError(
+        f"language model {name}: its tokenizer does not open ({reason}); copy the tokenizer's files into the folder"
+    )
 
 
 def _token_tables(language_model: Any) -> list[torch.Tensor]:

@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_valley, make_tokenizer
-from transformers import (
-    AutoModelForImageTextToText,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from tiny import make_tiny_valley
+from transformers import AutoModelForImageTextToText
 
 from valley_ray.chat import Conversation, Message
 from valley_ray.chat.tokens import ADDED_TOKENS
@@ -202,45 +196,6 @@ def test_generate_stops_at_the_end_token(model: ValleyForConditionalGeneration, 
     assert model.generation_config.eos_token_id in processor.stop_token_ids
 
 
-def test_new_token_rows_follow_upstream() -> None:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    num_old = len(tokenizer)
-    language_model = tiny_qwen(num_old, tie=False)
-    old = language_model.get_input_embeddings().weight.detach().clone()
-    old_head = language_model.lm_head.weight.detach().clone()
-    model = ValleyForConditionalGeneration.from_backbones(tiny_siglip(), language_model, tokenizer)
-    for before, weight in (
-        (old, model.get_input_embeddings().weight),
-        (old_head, model.get_output_embeddings().weight),
-    ):
-        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED_TOKENS}
-        assert list(ids.values()) == list(range(num_old, num_old + 7))
-        assert torch.equal(weight[:num_old], before)
-        torch.testing.assert_close(weight[num_old], before.mean(dim=0))
-        torch.testing.assert_close(weight[ids["<im_start>"]], weight[: num_old + 5].mean(dim=0))
-        torch.testing.assert_close(weight[ids["<im_end>"]], weight[: num_old + 5].mean(dim=0))
-
-
-def test_any_tower_and_language_model_go_together(tmp_path: Path) -> None:
-    """SigLIP has no CLS token and Qwen2 ties its head to its embedding."""
-    tokenizer = make_tokenizer()
-    model = ValleyForConditionalGeneration.from_backbones(tiny_siglip(), tiny_qwen(len(tokenizer), tie=True), tokenizer)
-    pixels = torch.randn(2, 3, 32, 32)
-    features = model.encode_frames(pixels)
-    assert features.shape == (2, 17, 24)
-    torch.testing.assert_close(features[:, 0], features[:, 1:].mean(dim=1))
-    ids = model.config
-    prompt = [1, 4, *[ids.im_patch_token_id] * 16, *[ids.vi_frame_token_id] * 2, 5]
-    made = model.generate(input_ids=torch.tensor([prompt]), features=[features], max_new_tokens=4, do_sample=False)
-    model.save_pretrained(tmp_path)
-    again = ValleyForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert torch.equal(
-        made, again.generate(input_ids=torch.tensor([prompt]), features=[features], max_new_tokens=4, do_sample=False)
-    )
-
-
 def test_saved_folder_opens_to_equal_weights_also_through_auto_class(
     model: ValleyForConditionalGeneration, tmp_path: Path
 ) -> None:
@@ -300,30 +255,3 @@ def test_damaged_weight_file_and_unknown_pooling_are_named(tmp_path: Path) -> No
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged"):
         ValleyForConditionalGeneration.from_pretrained(folder)
-
-
-def tiny_qwen(vocab_size: int, *, tie: bool) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab_size,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=tie,
-        )
-    )
-
-
-def tiny_siglip() -> SiglipVisionModel:
-    return SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
-        )
-    )
