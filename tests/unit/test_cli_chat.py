@@ -14,7 +14,7 @@ from clips import write_clip
 from PIL import Image
 
 from valley_ray.assistant import Assistant
-from valley_ray.cli.chat import Chat, Message
+from valley_ray.cli.chat import Chat, Message, kept_locator
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import CorruptMediaError, PromptTooLongError
 
@@ -145,6 +145,20 @@ def test_a_mark_that_the_model_writes_stands_for_nothing_later() -> None:
     chat = Chat(stream)
     chat.ask("one", lambda delta: None)
     assert "<video>" not in chat.messages[1]["content"]
+
+
+def test_a_url_is_downloaded_once_for_all_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(url: str, *, allow_hosts: tuple[str, ...], **_: object) -> tuple[bytes, None]:
+        asked.append((url, allow_hosts))
+        return b"bytes", None
+
+    monkeypatch.setattr("valley_ray.fetch_http.download", download)
+    kept = [kept_locator(f"https://example.org/{name}.mp4?key=1", tmp_path) for name in "ab"]
+    assert [Path(one).name for one in kept] == ["a.mp4", "b.mp4"]
+    assert [Path(one).read_bytes() for one in kept] == [b"bytes"] * 2
+    assert [hosts for _, hosts in asked] == [("example.org",)] * 2
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(tiny_valley: Path) -> None:

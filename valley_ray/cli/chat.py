@@ -130,7 +130,7 @@ def _run(options: argparse.Namespace) -> int:
 
         chat = Chat(stream, system_prompt=options.system_prompt)
         for kind, locator in given:
-            chat.show(kind, _kept(locator, folder))
+            chat.show(kind, kept_locator(locator, folder))
         _talk(chat, folder)
     return 0
 
@@ -184,13 +184,13 @@ def _obey(chat: Chat, word: str, rest: str, folder: Path) -> None:
     elif word in ("/video", "/image"):
         if not rest:
             raise ConversationError(f"{word} needs a file, for example {word} clip.mp4")
-        chat.show(word[1:], _kept(rest, folder))
+        chat.show(word[1:], kept_locator(rest, folder))
         print(f"Your next question is about {rest}.", flush=True)
     else:
         raise ConversationError(f"there is no command {word}; /help lists them")
 
 
-def _kept(locator: str, folder: Path) -> str:
+def kept_locator(locator: str, folder: Path) -> str:
     """A path as it is, checked; what a URL leads to in `folder`, since every later turn looks at it again."""
     from valley_ray.fetch import fetch, locator_kind
 
