@@ -268,3 +268,28 @@ def test_an_adapter_is_trained_after_a_plain_stage_and_merged_into_the_model(
     load_adapter(separate, result.model_folder / "adapter")
     ids = torch.arange(5, 25)[None]
     torch.testing.assert_close(separate(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_pooling_with_weights_trains_alike_on_two_workers_with_zero_3_and_on_one(
+    tiny_valley: Path, store: Path, runs: Path, tmp_path: Path
+) -> None:
+    """One of the two workers runs a zero-weight micro-batch without media in every step."""
+    with_pooling(tiny_valley, "delta").save_pretrained(tmp_path)
+    ValleyProcessor.from_pretrained(tiny_valley).save_pretrained(tmp_path)
+    stages = (StageConfig(name="all", trainable="valley-stage2", learning_rate=1e-2, max_steps=4),)
+    curves = []
+    for workers, zero_stage in ((1, 0), (2, 3)):
+        config = make_config(tmp_path, store, runs, f"delta-{workers}", stages=stages, num_workers=workers)
+        curves.append(losses(read_metrics(train(config.model_copy(update={"zero_stage": zero_stage})).metrics_path)))
+    assert curves[0] == pytest.approx(curves[1], abs=TOLERANCE)
+
+
+def with_pooling(folder: Path, pooling: str) -> ValleyForConditionalGeneration:
+    """The model of `folder` with another pooling of random weights, without dropout."""
+    model = ValleyForConditionalGeneration.from_pretrained(folder)
+    config = type(model.config)(**model.config.to_dict() | {"pooling": pooling, "temporal_dropout": 0.0})
+    torch.manual_seed(0)
+    other = ValleyForConditionalGeneration(config)
+    other.load_state_dict(model.state_dict(), strict=False)
+    return other
