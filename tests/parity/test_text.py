@@ -15,23 +15,23 @@ from valley_ray.chat.templates import SYSTEM_PROMPTS
 from valley_ray.chat.tokens import IM_PATCH, tokenize
 from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
-TEXT_FILES = {"text.json": None, "text_llama_like_hashes.json": "tokenizers/llama-like-hashes"}
 
-
-def text_files() -> list[tuple[str, str | None]]:
-    """Those of the text files that the set has; skips the test where it has none."""
+def text_files() -> list[str]:
+    """The text files that the set has; skips the test where it has none."""
     require_set()
-    present = [(file, named) for file, named in TEXT_FILES.items() if (ROOT / file).is_file()]
+    present = sorted(path.name for path in ROOT.glob("text*.json"))
     if not present:
-        pytest.skip(f"{ROOT} holds none of {', '.join(TEXT_FILES)}")
+        pytest.skip(f"{ROOT} holds no text*.json")
     return present
 
 
-def tokenizer_folder(named: str | None) -> Path:
-    """The named tokenizer, or that of the first checkpoint that has one."""
-    if named is not None:
-        return ROOT / named
-    return min(path.parent for path in ROOT.glob("checkpoints/*/tokenizer.model"))
+def tokenizer_folder(file: str) -> Path:
+    """text.json goes with the tokenizer of the checkpoints, text_a_b.json with tokenizers/a-b (or the only one there)."""
+    _, _, name = Path(file).stem.partition("_")
+    if not name:
+        return min(path.parent for path in ROOT.glob("checkpoints/*/tokenizer.model"))
+    named = ROOT / "tokenizers" / name.replace("_", "-")
+    return named if named.is_dir() else min(path.parent for path in ROOT.glob("tokenizers/*/tokenizer.model"))
 
 
 def test_training_prompts_ids_and_labels_equal_the_recorded_ones() -> None:
@@ -95,12 +95,12 @@ def test_tokenizer_probes_give_the_ids_and_texts_of_the_slow_tokenizer() -> None
 
 def text_sets() -> Iterator[tuple[str, SentencePieceTokenizer, dict[str, Any], dict[str, dict[str, Any]]]]:
     """Each text file with its tokenizer, its content and the records by id."""
-    for file, named in text_files():
+    for file in text_files():
         recorded = load_json(file)
         records = recorded.get("records") or load_json("text.json")["records"]
         yield (
             file,
-            SentencePieceTokenizer(tokenizer_folder(named)),
+            SentencePieceTokenizer(tokenizer_folder(file)),
             recorded,
             {record["id"]: record for record in records},
         )
