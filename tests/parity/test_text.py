@@ -26,7 +26,7 @@ def text_files() -> list[str]:
 
 
 def tokenizer_folder(file: str) -> Path:
-    """text.json goes with the tokenizer of the checkpoints, text_a_b.json with tokenizers/a-b (or the only one there)."""
+    """text.json goes with the checkpoints' tokenizer, text_a_b.json with tokenizers/a-b, or the only one there."""
     _, _, name = Path(file).stem.partition("_")
     if not name:
         return min(path.parent for path in ROOT.glob("checkpoints/*/tokenizer.model"))
