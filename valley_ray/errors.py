@@ -157,6 +157,12 @@ class DecodeCrashError(MediaError):
     code = "decode_crash"
 
 
+class DecodeWorkerError(MediaError):
+    """The worker process itself died each time the file was decoded."""
+
+    code = "decode_worker_died"
+
+
 class SamplingError(ValleyError):
     """A frame-sampling request that cannot be met (window outside the clip, frame count out of range)."""
 

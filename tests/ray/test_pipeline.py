@@ -14,6 +14,7 @@ from valley_ray.data.commit import exclusive
 from valley_ray.data.pipeline import PipelineConfig, run_pipeline
 from valley_ray.data.shards import FAILED_FILE, Window, WindowManifest, WindowStore
 from valley_ray.errors import DataError
+from valley_ray.media.sampling import FrameSampling
 
 pytestmark = pytest.mark.ray
 
@@ -142,6 +143,31 @@ def test_500_rows_with_bad_files_are_all_accounted_for_across_an_interruption(
     assert again.by_error_class == summary.by_error_class
 
 
+def test_other_records_in_another_order_reuse_the_shards_that_are_there(tmp_path: Path, tiny_valley: Path) -> None:
+    for index in range(7):
+        write_clip(tmp_path / f"{index}.mp4", brightness=20 * index)
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    names = [*map(str, range(6)), "bad"]
+    records = [{"id": name, "video": f"{name}.mp4", "conversations": turns()} for name in names]
+    config = make_config(tmp_path, tiny_valley, records, windows_dir=tmp_path / "first", shards_dir=tmp_path / "shards")
+    assert run_pipeline(config).clips_decoded == 7
+    assert not list((tmp_path / "first").glob("*.arrow.*")), "no shard beside the windows"
+    more = [{"id": f"{name}-again", "video": f"{name}.mp4", "conversations": turns("<video>\nWhy?")} for name in "6501"]
+    other = make_config(
+        tmp_path, tiny_valley, [*more, records[6]], windows_dir=tmp_path / "w" / "x", seed=3, block_size=2
+    )
+    other = other.model_copy(update={"shards_dir": tmp_path / "shards"})
+    summary = run_pipeline(other)
+    assert (summary.rows_in, summary.ok, summary.num_clips, summary.clips_decoded) == (5, 4, 5, 1)
+    for settings in (config, other):
+        for sample in (one for window in read_all(settings) for one in window):
+            assert sample.frames[0][0].mean() == pytest.approx(20 * int(sample.sample_id[0]), abs=2)
+    resampled = other.model_copy(update={"windows_dir": tmp_path / "y", "sampling": FrameSampling(num_frames=2)})
+    assert run_pipeline(resampled).clips_decoded == 5, "other frames are other shards, in the same folder"
+    with exclusive(tmp_path / "shards"), pytest.raises(DataError, match="choose another shards_dir"):
+        run_pipeline(other)
+
+
 def test_store_of_other_records_or_of_another_writer_is_left_alone(tmp_path: Path, tiny_valley: Path) -> None:
     records = [{"id": "a", "conversations": turns("How many?")}]
     config = make_config(tmp_path, tiny_valley, records)
@@ -150,7 +176,7 @@ def test_store_of_other_records_or_of_another_writer_is_left_alone(tmp_path: Pat
         run_pipeline(config)
     assert not (config.windows_dir / FAILED_FILE).exists()
     other = make_config(tmp_path, tiny_valley, [*records, {"id": "b", "conversations": turns("How many?")}])
-    with pytest.raises(DataError, match="another records, order; delete that folder"):
+    with pytest.raises(DataError, match="another records, order; choose another windows_dir"):
         run_pipeline(other)
     resampled = make_config(tmp_path, tiny_valley, records, sampling={"num_frames": 2})
     with pytest.raises(DataError, match="another sampling"):

@@ -23,7 +23,8 @@ from valley_ray.media.frames import VideoFrames
 class ShardWriter:
     """Writes one shard, a clip at a time, so that memory holds one clip and not a block of them.
 
-    Use as a context manager; the shard appears under `name` when the block ends without an error, else not at all.
+    Use as a context manager; the shard appears under `name` when the block ends without an error, else not at all. A
+    shard of that name which has appeared meanwhile stays, and this one is dropped.
     """
 
     def __init__(self, directory: Path, name: str, *, fingerprint: str) -> None:
@@ -60,9 +61,8 @@ class ShardWriter:
         self._writer.close()
         self._sink.close()
         if error_type is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+            _publish(self._temporary, self._path)
+        self._temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -119,6 +119,16 @@ def mark_failed(directory: Path, error: BaseException) -> None:
 def clear_failure(directory: Path) -> None:
     """Remove the mark of an earlier failed run, so that nobody takes it for this run's."""
     (directory / FAILED_FILE).unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a whole file its name unless the name is taken: a task that Ray runs twice must leave one result."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
 
 
 def _frames_column(data: Any) -> pa.Array:

@@ -1,4 +1,4 @@
-"""PipelineConfig: what a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
+"""What a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
 
 from pathlib import Path
 
@@ -11,7 +11,29 @@ from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
 
 
-class PipelineConfig(Config):
+class DecodeSettings(Config):
+    """How clips are decoded, whoever asks for them."""
+
+    sampling: FrameSampling | None = None
+    """Frames taken from a video; None: as the processor says."""
+    block_size: int = Field(default=32, ge=1)
+    """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
+    decode_cpus: float = Field(default=0.5, gt=0)
+    """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
+    max_decode_tasks: int | None = Field(default=None, ge=1)
+    """Decoding tasks at once; None: as many as fit, on a cluster of one node at most one per CPU."""
+    task_retries: int = Field(default=3, ge=0)
+    """How often a block is begun again after its worker or node died between two clips, before the pipeline fails. A
+    death in the middle of a clip is one of that clip's two attempts instead."""
+    video_decoder: Backend = "pyav"
+    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, HEVC, 10 bits)."""
+    sandbox: SandboxLimits = SandboxLimits()
+    """Time and memory for decoding one clip."""
+    fetch: FetchPolicy = FetchPolicy()
+    """What may be fetched for media named by a URL; local files are not limited by it."""
+
+
+class PipelineConfig(DecodeSettings):
     """What is read, how it is cut and where it goes."""
 
     records: tuple[Path, ...] = Field(min_length=1)
@@ -22,23 +44,10 @@ class PipelineConfig(Config):
     """Model folder whose processor tokenizes and crops."""
     windows_dir: Path
     """Store of the windows: on a file system that all nodes and the trainers share."""
-    sampling: FrameSampling | None = None
-    """Frames taken from a video; None: as the processor says."""
+    shards_dir: Path | None = None
+    """Folder of the decoded clips, which other stores may share: clips that are there are not decoded again. None:
+    windows_dir."""
     seed: int | None = Field(default=None, ge=0)
     """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
     window_size: int = Field(default=256, ge=1)
     """Samples per window. Trainers start after the first one."""
-    block_size: int = Field(default=32, ge=1)
-    """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
-    decode_cpus: float = Field(default=0.5, gt=0)
-    """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
-    max_decode_tasks: int | None = Field(default=None, ge=1)
-    """Decoding tasks at once; None: as many as fit, on a cluster of one node at most one per CPU."""
-    task_retries: int = Field(default=3, ge=0)
-    """How often a block is begun again after its worker or node died, before the pipeline fails."""
-    video_decoder: Backend = "pyav"
-    """Reader of videos: pyav, or decord for upstream's pixels with its faults (cut clips, HEVC, 10 bits)."""
-    sandbox: SandboxLimits = SandboxLimits()
-    """Time and memory for decoding one clip."""
-    fetch: FetchPolicy = FetchPolicy()
-    """What may be fetched for media named by a URL; local files are not limited by it."""

@@ -3,50 +3,88 @@
 Ray Data carries paths to the workers and outcomes back; frames go from a worker's decoder to its shard on disk.
 """
 
+import time
 import warnings
 from collections.abc import Generator, Sequence
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.exceptions import RayError
+from ray.util.metrics import Histogram
 
-from valley_ray.data.stages import DecodeStage
+from valley_ray.data.stages import MAX_ATTEMPTS, DecodeStage
 from valley_ray.data.windows import Outcome
+from valley_ray.errors import StorageError, ValleyError
+
+BLOCK_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
+"""Buckets of the dashboard's histogram of a block's time."""
 
 
 def decode_blocks(
-    blocks: Sequence[pa.Table], stage: DecodeStage, *, num_cpus: float, max_tasks: int | None, retries: int
+    blocks: Sequence[pa.Table],
+    stage: DecodeStage,
+    *,
+    num_cpus: float,
+    max_tasks: int | None,
+    retries: int,
+    block_size: int,
 ) -> Generator[list[Outcome], None, None]:
     """Outcomes of the blocks, a list per block, about in order; starts nothing where there is nothing to do.
 
     Args:
-        blocks: tables of BLOCK_SCHEMA, each the work of one task.
+        blocks: tables of BLOCK_SCHEMA with at most `block_size` rows, each the work of one task.
         num_cpus: what a task reserves.
         max_tasks: tasks at once; None: as many as fit, on a cluster of one node at most one per CPU.
-        retries: how often a block is begun again after its worker or node died.
+        retries: how often a block is begun again after its worker or node died, beside what its clips may cost.
 
     Raises:
-        ray.exceptions.RayError: a task failed for another reason than its clips, or too often.
+        StorageError: a worker could not write (a full disk, say).
+        ValleyError, ray.exceptions.RayError: a task failed for another reason than its clips, or too often.
     """
     if not blocks:
         return
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+    def decode(block: pa.Table) -> pa.Table:
+        start = time.perf_counter()
+        outcomes = stage(block)
+        seconds = Histogram("valley_data_block_seconds", "Time to decode a block of clips.", list(BLOCK_SECONDS))
+        seconds.observe(time.perf_counter() - start)
+        return outcomes
+
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         # Ray offers no other way yet to bound the retries, which are endless by default.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         decoded = ray.data.from_arrow(list(blocks)).map_batches(
-            stage,
+            decode,
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=num_cpus,
             concurrency=max_tasks or _default_tasks(),
-            max_retries=retries,
+            # Each death in the middle of a clip is one of its attempts: the stage bounds them, and Ray must let it.
+            max_retries=retries + MAX_ATTEMPTS * block_size,
         )
-    # Without prefetching, so that a window need not wait for the block after its last.
-    for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield batch.to_pylist()
+    try:
+        # Without prefetching, so that a window need not wait for the block after its last.
+        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield batch.to_pylist()
+    except RayError as error:
+        raise _error_of_user(error) or error from None
+
+
+def _error_of_user(error: RayError) -> ValleyError | None:
+    """What a task raised on purpose, or could not do for want of disk; None for whatever else ended it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ValleyError):
+            return cause
+        if isinstance(cause, OSError) and cause.strerror:
+            return StorageError(f"a worker could not write ({cause.strerror}); make room or check the folder's rights")
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
 
 
 def _default_tasks() -> int | None:

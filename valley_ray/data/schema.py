@@ -78,6 +78,7 @@ SHARD_SCHEMA = pa.schema(
         ("error", pa.string()),
         ("attempts", pa.int32()),
         ("etag", pa.string()),
+        ("size_bytes", pa.int64()),
         ("content_digest", pa.string()),
         ("num_frames", pa.int32()),
         ("height", pa.int32()),
@@ -92,7 +93,9 @@ SHARD_SCHEMA = pa.schema(
 )
 """shard. frames: uint8 [num_frames, height, width, 3] in C order, empty where status is failed (empty rather than null:
 a shard is the whole record of one block of work, failures included, so that a restart can take it over). height and
-width are those of the frames, source_height and source_width those of the file."""
+width are those of the frames, source_height and source_width those of the file. clip_id (uri and window), etag,
+size_bytes and the shard's fingerprint (sampling, crops, decoder) are what made the frames: who asks for the same takes
+them from here, whatever records or order it works on."""
 
 WINDOW_SCHEMA = pa.schema(
     [

@@ -1,8 +1,7 @@
 """Shards and windows as trainers read them, memory-mapped; commit.py writes them. Knows no Ray and no torch.
 
-A store is one folder:
-    store.json                    what the store holds: fingerprint and its parts, counts
-    shard-*.arrow                 decoded clips (schema.SHARD_SCHEMA), Arrow IPC file, uncompressed
+A store is one folder, and the folder of its shards (frame_store.py), which may be the same or serve many stores:
+    store.json                    what the store holds: fingerprint and its parts, counts; where its shards lie
     window-00000.samples.arrow    tokenized samples in the order of the plan (schema.WINDOW_SCHEMA)
     window-00000.clips.parquet    the clips that were first needed by this window, with what came of them
     window-00000.json             the commit marker, written last: a window without it does not exist
@@ -13,11 +12,8 @@ order, each once, and never change. Legend: T frames, S crop side, L tokens.
 """
 
 import dataclasses
-import itertools
-import json
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +23,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valley_ray.data.frame_store import FrameStore, map_table, read_json, read_shard_records
 from valley_ray.data.schema import CLIPS_SCHEMA, OK
 from valley_ray.errors import DataError
+
+__all__ = ["Sample", "StoreInfo", "Window", "WindowManifest", "WindowStore", "read_shard_records", "window_name"]
 
 FAILED_FILE = "failed.json"
 LOCK_FILE = "writer.lock"
 STORE_FILE = "store.json"
-OPEN_SHARDS = 64
-"""How many shards a reader keeps mapped; a view keeps its own map alive, so evicting one is always safe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +44,8 @@ class StoreInfo:
     num_samples: int
     window_size: int
     num_windows: int
+    shards_dir: str = "."
+    """Folder of the shards, relative to the store's own; it decides nothing about what the store holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +143,19 @@ class WindowStore:
         self.directory = Path(directory)
         self._lock = threading.Lock()
         self._manifests: list[WindowManifest] = []
-        self._shards: OrderedDict[str, _MappedShard] = OrderedDict()
+        self._frames: FrameStore | None = None
 
     def info(self) -> StoreInfo | None:
         """What the store holds, or None while its producer has not begun. Raises DataError if it cannot be read."""
         path = self.directory / STORE_FILE
-        return StoreInfo(**_read_json(path)) if path.exists() else None
+        return StoreInfo(**read_json(path)) if path.exists() else None
 
     def failure(self) -> str | None:
         """Why the producer gave up, or None."""
         path = self.directory / FAILED_FILE
         if not path.exists():
             return None
-        reason = _read_json(path)
+        reason = read_json(path)
         return f"{reason['error_class']}: {reason['error']}"
 
     def committed(self) -> list[WindowManifest]:
@@ -166,7 +165,7 @@ class WindowStore:
                 path = self.directory / f"{window_name(len(self._manifests))}.json"
                 if not path.exists():
                     break
-                values = _read_json(path)
+                values = read_json(path)
                 self._manifests.append(WindowManifest(**{**values, "shards": tuple(values["shards"])}))
             return list(self._manifests)
 
@@ -202,7 +201,7 @@ class WindowStore:
 
     def read(self, manifest: WindowManifest) -> Window:
         """Open a committed window, memory-mapped. Raises DataError if its file is missing or damaged."""
-        table = _map(self.directory / manifest.samples_file)
+        table = map_table(self.directory / manifest.samples_file)
         if table.num_rows != manifest.num_samples:
             raise DataError(
                 f"{manifest.samples_file}: expected {manifest.num_samples} rows, got {table.num_rows}; "
@@ -216,59 +215,11 @@ class WindowStore:
 
     def frames(self, shard: str, row: int) -> npt.NDArray[np.uint8]:
         """Frames of one decoded clip: uint8 [T, S, S, 3], a read-only view into the mapped shard."""
-        shapes, views = self._shard(shard)
-        return np.frombuffer(views[row], np.uint8).reshape(shapes[row])
-
-    def _shard(self, name: str) -> "_MappedShard":
         with self._lock:
-            if name not in self._shards:
-                self._shards[name] = _map_frames(self.directory / name)
-            self._shards.move_to_end(name)
-            while len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)
-            return self._shards[name]
-
-
-_MappedShard = tuple[list[tuple[int, int, int, int]], list[pa.Buffer]]
-"""Shape [T, S, S, 3] and bytes of every row, the bytes still on disk."""
-
-
-def _map_frames(path: Path) -> _MappedShard:
-    table = _map(path)
-    sizes = (table[name].to_pylist() for name in ("num_frames", "height", "width"))
-    views = []
-    for chunk in table["frames"].chunks:
-        # Taking the value as a scalar would copy it, so the offsets are read here.
-        _, offsets, data = chunk.buffers()
-        bounds = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        views += [data.slice(start, stop - start) for start, stop in itertools.pairwise(bounds)]
-    return [(t, h, w, 3) for t, h, w in zip(*sizes, strict=True)], views
-
-
-def read_shard_records(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The fingerprint of a shard and its rows without frames (they stay unread on disk)."""
-    table = _map(path)
-    fingerprint = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
-    return fingerprint, table.drop_columns(["frames", "pts_seconds"]).to_pylist()
-
-
-def _map(path: Path) -> pa.Table:
-    try:
-        with pa.memory_map(str(path), "r") as source:
-            return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot map {path}: {reason}; delete the store and run the pipeline again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; delete the store and run the pipeline again") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} must hold one JSON object, got {type(values).__name__}; delete the store")
-    return values
+            if self._frames is None:
+                info = self.info()
+                self._frames = FrameStore(self.directory / (info.shards_dir if info is not None else "."))
+        return self._frames.frames(shard, row)
 
 
 def _int64(scalar: Any) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import importlib.metadata
-import uuid
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,17 @@ import pyarrow as pa
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.config import validate_config
 from valley_ray.data.commit import ShardWriter
+from valley_ray.data.frame_store import read_shard_records
+from valley_ray.data.journal import BlockJournal
 from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA, uris_of
 from valley_ray.errors import (
     ConfigError,
     CorruptMediaError,
+    DataError,
     DecodeCrashError,
     DecodeMemoryError,
     DecodeTimeoutError,
+    DecodeWorkerError,
     SourceNotFoundError,
     ValleyError,
 )
@@ -44,6 +48,7 @@ BLOCK_SCHEMA = pa.schema(
         ("uri", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("size_bytes", pa.int64()),
         ("etag", pa.string()),
         ("error", pa.string()),
     ]
@@ -89,12 +94,24 @@ def decoder_version(backend: Backend) -> str:
         raise ConfigError(f"video_decoder={backend} is not installed here; use pyav") from error
 
 
+def outcomes_in(shard: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The fingerprint of a shard, and its rows as rows of OUTCOME_SCHEMA with `etag` and `size_bytes` beside them."""
+    fingerprint, records = read_shard_records(shard)
+    names = [name for name in (*OUTCOME_SCHEMA.names, "etag", "size_bytes") if records and name in records[0]]
+    return fingerprint, [
+        {name: record[name] for name in names}
+        | {"shard": shard.name, "row": row, "width": record.get("source_width"), "height": record.get("source_height")}
+        for row, record in enumerate(records)
+    ]
+
+
 @dataclass(frozen=True)
 class DecodeStage:
     """Block of paths (BLOCK_SCHEMA) → a shard in `directory` and its outcomes (OUTCOME_SCHEMA).
 
     Needs a fraction of a CPU and the memory of a few clips. A clip that fails is a row with its reason; only what is
-    no fault of a clip (a full disk, say) is raised. Called again after a lost result, it writes another shard.
+    no fault of a clip (a full disk, say) is raised. Called again with the same block, after its result was lost or its
+    worker died, it takes the shard that is there, or goes on past a clip that has killed its worker twice.
     """
 
     directory: Path
@@ -104,26 +121,49 @@ class DecodeStage:
     backend: Backend
     limits: SandboxLimits
     policy: FetchPolicy
+    max_deaths: int = 3
+    """Runs over a block that may end between two clips, by the death of the worker, before it is given up."""
+    again: str = ""
+    """Not empty where the clips were decoded before and their shards shall not count."""
 
     def __call__(self, block: pa.Table) -> pa.Table:
         clips = block.to_pylist()
-        name = f"shard-{clips[0]['window']:05d}-{clips[0]['block']:04d}-{uuid.uuid4().hex[:8]}.arrow"
-        outcomes = []
-        with ShardWriter(self.directory, name, fingerprint=self.fingerprint) as shard:
-            for clip in clips:
-                outcome, frames = self._decode(clip)
-                num_frames = len(frames) if frames is not None else 0
-                said = _said(frames)
-                of_file = said | {"source_width": said["width"], "source_height": said["height"]}
-                row = shard.append({"clip_id": clip["clip_id"], "etag": clip["etag"], **outcome, **of_file}, frames)
-                place = {"clip_id": clip["clip_id"], "num_frames": num_frames, "shard": name, "row": row}
-                outcomes.append(outcome | place | said)
-        return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
+        name = self._shard_name(clips)
+        if not (self.directory / name).exists():
+            with BlockJournal(self.directory, name) as journal:
+                if (times := journal.deaths_between) > self.max_deaths:
+                    raise DataError(f"{name}: its worker died {times} times between two clips; see the worker's log")
+                with ShardWriter(self.directory, name, fingerprint=self.fingerprint) as shard:
+                    for clip in clips:
+                        self._append(clip, shard, journal)
+        # Read back rather than kept: where another run over this block was faster, its shard is the one that counts.
+        return pa.Table.from_pylist(outcomes_in(self.directory / name)[1], schema=OUTCOME_SCHEMA)
 
-    def _decode(self, clip: Mapping[str, Any]) -> tuple[dict[str, Any], VideoFrames | None]:
+    def _shard_name(self, clips: Sequence[Mapping[str, Any]]) -> str:
+        """The same for the same work, so that a block which is run again finds what the run before it has finished."""
+        key = [
+            self.fingerprint,
+            self.again,
+            [[clip[name] for name in ("clip_id", "etag", "size_bytes")] for clip in clips],
+        ]
+        digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=6).hexdigest()
+        return f"shard-{clips[0]['window']:05d}-{clips[0]['block']:04d}-{digest}.arrow"
+
+    def _append(self, clip: Mapping[str, Any], shard: ShardWriter, journal: BlockJournal) -> None:
+        journal.begin(clip["clip_id"])
+        outcome, frames = self._decode(clip, deaths=journal.deaths[clip["clip_id"]])
+        said = _said(frames)
+        of_file = said | {"source_width": said["width"], "source_height": said["height"]}
+        key = {name: clip[name] for name in ("clip_id", "etag", "size_bytes")}
+        shard.append(key | outcome | of_file, frames)
+        journal.end()
+
+    def _decode(self, clip: Mapping[str, Any], *, deaths: int) -> tuple[dict[str, Any], VideoFrames | None]:
         digest = ""
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            outcome: dict[str, Any] = {"status": OK, "error_class": "", "error": "", "attempts": attempt}
+        outcome: dict[str, Any] = {"status": FAILED, "error_class": DecodeWorkerError.code, "attempts": deaths}
+        outcome |= {"error": f"{clip['uri']}: the worker that decoded it died {deaths} times"}
+        for attempt in range(deaths + 1, MAX_ATTEMPTS + 1):
+            outcome = {"status": OK, "error_class": "", "error": "", "attempts": attempt}
             try:
                 sources = [_source_of(uri, self.policy) for uri in uris_of(clip["kind"], clip["uri"])]
                 digest = _digest(sources)

@@ -1,13 +1,14 @@
 """Which window needs what, and what an earlier run has already done. Knows the tables and the store; no Ray.
 
 The order of the samples is cut into windows of equal size. A clip belongs to the first window that shows it; later
-windows point to its row. Outcomes of clips come from three places: committed windows, whole shards that a run left
-behind before it was interrupted, and decoding.
+windows point to its row. Outcomes of clips come from two places: shards that are there, of an interrupted run, of
+another plan or of fewer clips, and decoding.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from valley_ray.data.commit import write_json
-from valley_ray.data.schema import CLIPS_SCHEMA
-from valley_ray.data.shards import STORE_FILE, StoreInfo, WindowStore, read_shard_records
-from valley_ray.data.stages import BLOCK_SCHEMA, OUTCOME_SCHEMA
+from valley_ray.data.frame_store import SHARD_PATTERN, read_moved
+from valley_ray.data.journal import remove_journals
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
+from valley_ray.data.shards import STORE_FILE, StoreInfo, WindowStore
+from valley_ray.data.stages import BLOCK_SCHEMA, outcomes_in
 from valley_ray.errors import DataError
+from valley_ray.media.preprocess import Crop
+from valley_ray.media.sampling import FrameSampling
+
+logger = logging.getLogger(__name__)
 
 Outcome = dict[str, Any]
 """One row of OUTCOME_SCHEMA."""
@@ -34,6 +41,13 @@ class PlannedWindow:
     first_position: int
     samples: npt.NDArray[np.int64]
     clips: npt.NDArray[np.int64]
+
+
+def rest_window(windows: Sequence[PlannedWindow], clips: pa.Table) -> PlannedWindow:
+    """The clips that no window shows, as a window without samples after the last."""
+    shown = np.concatenate([np.empty(0, np.int64), *(window.clips for window in windows)])
+    rest = np.setdiff1d(np.arange(clips.num_rows), shown)
+    return PlannedWindow(len(windows), sum(len(window.samples) for window in windows), np.empty(0, np.int64), rest)
 
 
 def plan_windows(
@@ -103,7 +117,7 @@ def open_store(directory: Path, info: StoreInfo) -> WindowStore:
         names = [name for name in info.parts if found.parts.get(name) != info.parts[name]]
         raise DataError(
             f"windows_dir {directory} holds windows made with another {', '.join(names) or 'version'}; "
-            "delete that folder or choose another windows_dir"
+            f"choose another windows_dir (with shards_dir={directory / found.shards_dir} what is decoded is taken over)"
         )
     return store
 
@@ -113,36 +127,51 @@ def fingerprint(parts: Mapping[str, str]) -> str:
     return hashlib.blake2b(json.dumps(dict(parts), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def known_outcomes(store: WindowStore, clips: pa.Table, fingerprint: str) -> dict[str, Outcome]:
-    """Outcomes by clip_id that earlier runs left in the store; files of theirs that hold none are removed."""
+def decode_fingerprint(sampling: FrameSampling, *, video_crop: Crop, image_crop: Crop, decoder: str) -> str:
+    """Hex digest of what makes frames of files: nothing of the records, the order or the tokenizer."""
+    crops = {"video_crop": video_crop.key, "image_crop": image_crop.key}
+    return fingerprint({"sampling": sampling.key, "decoder": decoder, **crops})
+
+
+def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> dict[str, Outcome]:
+    """Outcomes by clip_id of those of `clips` that a shard under `shards_dir` holds, whoever had it made.
+
+    Where several do, one that succeeded counts. Shards of other clips, other sizes or times of the same files, or with
+    another `fingerprint` (see `decode_fingerprint`) are left alone.
+    """
+    columns = clips.select(["clip_id", "etag", "size_bytes"]).to_pydict()
+    keys = dict(zip(columns["clip_id"], zip(columns["etag"], columns["size_bytes"], strict=True), strict=True))
+    moved = read_moved(shards_dir)
     known: dict[str, Outcome] = {}
-    for manifest in store.committed():
-        known.update((row["clip_id"], row) for row in store.clips(manifest).select(OUTCOME_SCHEMA.names).to_pylist())
-    used = {outcome["shard"] for outcome in known.values()}
-    etags = dict(zip(clips["clip_id"].to_pylist(), clips["etag"].to_pylist(), strict=True))
-    for path in sorted(store.directory.glob("shard-*.arrow")):
-        if path.name in used:
+    for path in sorted(shards_dir.glob(SHARD_PATTERN)):
+        if path.name in moved:
             continue
-        made_with, records = read_shard_records(path)
-        fresh = [
-            {name: record[name] for name in OUTCOME_SCHEMA.names if name in record}
-            | {"shard": path.name, "row": row, "width": record["source_width"], "height": record["source_height"]}
-            for row, record in enumerate(records)
-            if record["clip_id"] not in known and etags.get(record["clip_id"]) == record["etag"]
-        ]
-        if made_with != fingerprint or not fresh:
-            path.unlink()
-        else:
-            known.update((outcome["clip_id"], outcome) for outcome in fresh)
-    for path in store.directory.glob(".*.tmp"):
-        path.unlink()
+        try:
+            made_with, outcomes = outcomes_in(path)
+        except DataError as error:
+            # Its clips are decoded again, into a shard that may want this name.
+            logger.warning("set aside as %s.damaged: %s", path.name, error)
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            continue
+        for outcome in outcomes if made_with == fingerprint else ():
+            clip_id, key = outcome["clip_id"], (outcome.pop("etag"), outcome.pop("size_bytes"))
+            is_better = clip_id not in known or (known[clip_id]["status"], outcome["status"]) == (FAILED, OK)
+            if keys.get(clip_id) == key and is_better:
+                known[clip_id] = outcome
     return known
 
 
-def ledger(window: PlannedWindow, clips: pa.Table, outcomes: Mapping[str, Outcome], sampling: str) -> pa.Table:
-    """The clips of `window` (CLIPS_SCHEMA) with what came of them."""
+def remove_leftovers(directory: Path) -> None:
+    """Remove what writers that did not end by themselves left in a store; its lock must be held."""
+    remove_journals(directory)
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def ledger(clips: pa.Table, outcomes: Mapping[str, Outcome], sampling: str) -> pa.Table:
+    """`clips` (CLIPS_SCHEMA) with what came of them."""
     rows = [
         row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] in ("image", "images") else sampling}
-        for row in clips.take(window.clips).to_pylist()
+        for row in clips.to_pylist()
     ]
     return pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)

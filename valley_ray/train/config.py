@@ -183,8 +183,9 @@ class TrainConfig(Config):
                 pipeline["records"] = [_input(root, one) if _is_path(one) else one for one in records]
             if _is_path(media_root := pipeline.get("media_root")):
                 pipeline["media_root"] = _input(root, media_root)
-            if _is_path(windows_dir := pipeline.get("windows_dir")):
-                pipeline["windows_dir"] = _output(root, windows_dir)
+            for name in ("windows_dir", "shards_dir"):
+                if _is_path(folder := pipeline.get(name)):
+                    pipeline[name] = _output(root, folder)
             data = data.model_copy(update={"pipeline": pipeline})
         if data.windows_dir is not None:
             data = data.model_copy(update={"windows_dir": _input(root, data.windows_dir)})

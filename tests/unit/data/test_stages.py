@@ -11,10 +11,12 @@ from data_clips import SIDE, turns, write_clip
 from PIL import Image
 from tiny import make_tiny_valley
 
+from valley_ray.data.journal import BlockJournal
 from valley_ray.data.schema import FAILED, OK, PENDING
 from valley_ray.data.shards import WindowStore, read_shard_records
 from valley_ray.data.sources import clip_row
 from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage, TokenizeStage, decoder_version
+from valley_ray.errors import DataError
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
@@ -22,11 +24,9 @@ from valley_ray.media.sandbox import SandboxLimits
 from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
 
-def decode(
-    tmp_path: Path, clips: list[dict[str, Any]], limits: SandboxLimits | None = None, **changes: Any
-) -> list[dict[str, Any]]:
+def make_stage(tmp_path: Path, limits: SandboxLimits | None = None, **changes: Any) -> DecodeStage:
     crops = {"video_crop": Crop(size=32, short_side=32), "image_crop": Crop(size=32, fit="stretch")}
-    stage = DecodeStage(
+    return DecodeStage(
         directory=tmp_path,
         fingerprint="f",
         sampling=FrameSampling(num_frames=4),
@@ -34,9 +34,19 @@ def decode(
         backend=changes.pop("backend", "pyav"),
         limits=limits or SandboxLimits(),
         policy=FetchPolicy(),
+        **changes,
     )
-    rows = [{"window": 0, "block": 0} | {key: clip[key] for key in BLOCK_SCHEMA.names[2:]} for clip in clips]
-    outcomes: list[dict[str, Any]] = stage(pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA)).to_pylist()
+
+
+def rows_of(clips: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"window": 0, "block": 0} | {key: clip[key] for key in BLOCK_SCHEMA.names[2:]} for clip in clips]
+
+
+def decode(
+    tmp_path: Path, clips: list[dict[str, Any]], limits: SandboxLimits | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    stage = make_stage(tmp_path, limits, **changes)
+    outcomes: list[dict[str, Any]] = stage(pa.Table.from_pylist(rows_of(clips), schema=BLOCK_SCHEMA)).to_pylist()
     return outcomes
 
 
@@ -169,3 +179,43 @@ def test_samples_are_tokenized_for_the_frames_that_were_decoded(tmp_path: Path) 
         assert row["num_tokens"] == len(row["input_ids"]) == len(row["labels"]) <= processor.max_length
         assert row["num_label_tokens"] == sum(label != -100 for label in row["labels"])
         assert (row["num_label_tokens"] > 0) == (row["status"] == OK)
+
+
+def test_block_that_is_run_again_takes_the_shard_that_is_there(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "good.mp4", brightness=100)
+    clips = [clip_row("video", str(path))]
+    [first] = decode(tmp_path, clips)
+    path.unlink()
+    assert decode(tmp_path, clips) == [first], "nothing is decoded twice, whoever lost the first result"
+    [again] = decode(tmp_path, clips, again="later")
+    assert (again["error_class"], again["shard"] != first["shard"]) == ("source_not_found", True)
+
+
+def test_clip_that_kills_its_worker_fails_alone_after_two_deaths(tmp_path: Path) -> None:
+    clips = [clip_row("video", str(write_clip(tmp_path / f"{i}.mp4", brightness=50 * i))) for i in range(3)]
+    ids = [clip["clip_id"] for clip in clips]
+    name = make_stage(tmp_path)._shard_name(rows_of(clips))
+    for _ in range(2):
+        journal = BlockJournal(tmp_path, name).__enter__()  # a run that never ends
+        journal.begin(ids[0])
+        journal.end()
+        journal.begin(ids[1])
+    BlockJournal(tmp_path, name).__enter__().begin(ids[2])
+    outcomes = decode(tmp_path, clips)
+    assert [outcome["status"] for outcome in outcomes] == [OK, FAILED, OK]
+    assert [outcome["attempts"] for outcome in outcomes] == [1, 2, 2]
+    assert outcomes[1]["error_class"] == "decode_worker_died"
+    assert "1.mp4" in outcomes[1]["error"]
+    assert not list(tmp_path.glob(".*")), "a run that ends takes the notes of those before it along"
+
+
+def test_block_whose_worker_dies_between_clips_is_given_up_in_the_end(tmp_path: Path) -> None:
+    clips = [clip_row("video", str(write_clip(tmp_path / "good.mp4", brightness=100)))]
+    name = make_stage(tmp_path)._shard_name(rows_of(clips))
+    for _ in range(2):
+        BlockJournal(tmp_path, name).__enter__()
+    with pytest.raises(DataError, match="died 2 times between two clips"):
+        decode(tmp_path, clips, max_deaths=1)
+    for _ in range(2):
+        BlockJournal(tmp_path, name).__enter__()
+    assert decode(tmp_path, clips, max_deaths=2)[0]["status"] == OK

@@ -8,8 +8,8 @@ import pytest
 
 from valley_ray.data import windows
 from valley_ray.data.commit import ShardWriter
-from valley_ray.data.schema import CLIPS_SCHEMA, OK, SAMPLES_SCHEMA
-from valley_ray.data.shards import StoreInfo, WindowStore
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, SAMPLES_SCHEMA
+from valley_ray.data.shards import StoreInfo
 from valley_ray.data.sources import clip_row
 from valley_ray.data.stages import OUTCOME_SCHEMA
 from valley_ray.errors import DataError
@@ -61,7 +61,7 @@ def test_store_made_of_something_else_is_refused_by_name(tmp_path: Path) -> None
     windows.open_store(tmp_path, info)
     assert windows.open_store(tmp_path, info).info() == info, "opening it again goes on with it"
     other = {"processor": "q", "order": "o"}
-    with pytest.raises(DataError, match="another processor; delete that folder"):
+    with pytest.raises(DataError, match="another processor; choose another windows_dir"):
         windows.open_store(tmp_path, StoreInfo(windows.fingerprint(other), other, 3, 2, 2))
 
 
@@ -75,29 +75,38 @@ def test_digest_of_the_records_follows_texts_and_files() -> None:
     assert windows.records_digest(changed, samples) != base
 
 
-def write_shard(directory: Path, name: str, fingerprint: str, clips: list[tuple[str, str]]) -> Path:
+def write_shard(directory: Path, name: str, fingerprint: str, clips: list[tuple[str, str]], status: str = OK) -> Path:
     with ShardWriter(directory, name, fingerprint=fingerprint) as shard:
         for clip_id, etag in clips:
-            outcome = {"status": OK, "error_class": "", "error": "", "attempts": 1, "content_digest": ""}
+            outcome = {"status": status, "error_class": "", "error": "", "attempts": 1, "content_digest": ""}
             frames = VideoFrames(np.zeros((1, 2, 2, 3), np.uint8), np.zeros(1))
             shard.append({"clip_id": clip_id, "etag": etag, **outcome}, frames)
     return directory / name
 
 
-def test_whole_shards_of_an_interrupted_run_are_taken_over(tmp_path: Path) -> None:
+def test_shards_of_whoever_made_the_same_frames_are_taken_over(tmp_path: Path) -> None:
     clips, _ = make_tables([["a", "b", "c", "d"]])
     a, b, c, d = clips["clip_id"].to_pylist()
-    kept = write_shard(tmp_path, "shard-00000-0000-x.arrow", "f", [(a, ""), (b, "")])
-    again = write_shard(tmp_path, "shard-00000-0000-y.arrow", "f", [(a, ""), (b, "")])
-    foreign = write_shard(tmp_path, "shard-00001-0000-x.arrow", "other", [(c, "")])
-    stale = write_shard(tmp_path, "shard-00002-0000-x.arrow", "f", [(d, "mtime-of-before")])
-    half = tmp_path / ".shard-00003-0000-x.arrow.0.tmp"
-    half.touch()
-    known = windows.known_outcomes(WindowStore(tmp_path), clips, "f")
+    write_shard(tmp_path, "shard-00000-0000-w.arrow", "f", [(a, "")], FAILED)
+    write_shard(tmp_path, "shard-00000-0000-x.arrow", "f", [("of-other-records", ""), (a, ""), (b, "")])
+    write_shard(tmp_path, "shard-00000-0000-y.arrow", "f", [(a, ""), (b, "")], FAILED)
+    write_shard(tmp_path, "shard-00001-0000-x.arrow", "other sampling", [(c, "")])
+    write_shard(tmp_path, "shard-00002-0000-x.arrow", "f", [(d, "mtime-of-before")])
+    (tmp_path / "shard-00003-0000-x.arrow").write_bytes(b"cut")
+    known = windows.known_outcomes(tmp_path, clips, "f")
     assert {clip_id: (outcome["shard"], outcome["row"]) for clip_id, outcome in known.items()} == {
-        a: (kept.name, 0),
-        b: (kept.name, 1),
+        a: ("shard-00000-0000-x.arrow", 1),
+        b: ("shard-00000-0000-x.arrow", 2),
     }
     assert all(set(outcome) == set(OUTCOME_SCHEMA.names) for outcome in known.values())
-    assert kept.exists()
-    assert not any(path.exists() for path in (again, foreign, stale, half)), "files that hold nothing are removed"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 6, "what others may need stays"
+    assert names[-1] == "shard-00003-0000-x.arrow.damaged", "what nobody can read makes room for what can be read"
+
+
+def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
+    for name in (".shard-00003-0000-x.arrow.0.tmp", ".shard-00003-0000-x.arrow.1.journal"):
+        (tmp_path / name).touch()
+    kept = write_shard(tmp_path, "shard-00000-0000-x.arrow", "f", [("a", "")])
+    windows.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]

@@ -1,0 +1,112 @@
+"""A folder of shards: decoded clips, memory-mapped, found again after they have moved. Knows no windows, Ray or torch.
+
+    shard-*.arrow    decoded clips (schema.SHARD_SCHEMA), Arrow IPC file, uncompressed
+    moved.json       {old shard: [new shard, first row]}: where compaction has put shards that are gone
+Whoever holds the name of a shard and a row finds the frames for ever: rows never leave their order when shards merge.
+Legend: T frames, S crop side.
+"""
+
+import itertools
+import json
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from valley_ray.errors import DataError
+
+MOVED_FILE = "moved.json"
+SHARD_PATTERN = "shard-*.arrow"
+OPEN_SHARDS = 64
+"""How many shards a reader keeps mapped; a view keeps its own map alive, so evicting one is always safe."""
+
+_MappedShard = tuple[list[tuple[int, int, int, int]], list[pa.Buffer]]
+"""Shape [T, S, S, 3] and bytes of every row, the bytes still on disk."""
+
+
+class FrameStore:
+    """Reads frames by (shard, row). Thread-safe; open one in each process."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _MappedShard] = OrderedDict()
+        self._moved: dict[str, tuple[str, int]] = {}
+
+    def frames(self, shard: str, row: int) -> npt.NDArray[np.uint8]:
+        """Frames of one decoded clip: uint8 [T, S, S, 3], a read-only view into the mapped shard.
+
+        Raises:
+            DataError: the shard is missing or damaged.
+        """
+        with self._lock:
+            name, first_row = self._place(shard)
+            shapes, views = self._shard(name)
+        return np.frombuffer(views[first_row + row], np.uint8).reshape(shapes[first_row + row])
+
+    def _place(self, shard: str) -> tuple[str, int]:
+        if shard in self._open or (shard not in self._moved and (self.directory / shard).exists()):
+            return shard, 0
+        if self._moved.get(shard, (shard,))[0] not in self._open:
+            self._moved = read_moved(self.directory)
+        return self._moved.get(shard, (shard, 0))
+
+    def _shard(self, name: str) -> _MappedShard:
+        if name not in self._open:
+            self._open[name] = _map_frames(self.directory / name)
+        self._open.move_to_end(name)
+        while len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[name]
+
+
+def read_moved(directory: Path) -> dict[str, tuple[str, int]]:
+    """Old shard → (new shard, row of its first clip there); empty where nothing has moved."""
+    path = directory / MOVED_FILE
+    if not path.exists():
+        return {}
+    return {old: (new, first_row) for old, (new, first_row) in read_json(path).items()}
+
+
+def read_shard_records(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The fingerprint of a shard and its rows without frames (they stay unread on disk)."""
+    table = map_table(path)
+    fingerprint = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
+    return fingerprint, table.drop_columns(["frames", "pts_seconds"]).to_pylist()
+
+
+def map_table(path: Path) -> pa.Table:
+    """An Arrow IPC file, memory-mapped. Raises DataError if it is missing or damaged."""
+    try:
+        with pa.memory_map(str(path), "r") as source:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot map {path}: {reason}; delete the store and run the pipeline again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of a store. Raises DataError if it cannot be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; delete the store and run the pipeline again") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} must hold one JSON object, got {type(values).__name__}; delete the store")
+    return values
+
+
+def _map_frames(path: Path) -> _MappedShard:
+    table = map_table(path)
+    sizes = (table[name].to_pylist() for name in ("num_frames", "height", "width"))
+    views = []
+    for chunk in table["frames"].chunks:
+        # Taking the value as a scalar would copy it, so the offsets are read here.
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        views += [data.slice(start, stop - start) for start, stop in itertools.pairwise(bounds)]
+    return [(t, h, w, 3) for t, h, w in zip(*sizes, strict=True)], views
