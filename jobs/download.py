@@ -16,21 +16,23 @@ DEFAULT = Path(__file__).parent / "configs" / "download.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 (failed rows included: the summary counts them), or 2 with one line on stderr for a mistake."""
+    """Exit status 0 (the summary counts failed rows), or 2 with one line on stderr for a user's mistake."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    overrides = [argument for argument in arguments if "=" in argument]
-    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    overrides, paths = [one for one in arguments if "=" in one], [Path(one) for one in arguments if "=" not in one]
     try:
         if len(paths) > 1:
             raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
         config = load_config(DownloadConfig, paths[0] if paths else DEFAULT, overrides).under(storage_root())
-        demo = load_config(DownloadConfig, DEFAULT).under(storage_root())
         print(f"media: {config.media_root}", flush=True)
         from valley_ray.data.download.run import run_downloads
 
-        with _own_clips(demo.sources[0].path) if config.sources == demo.sources else nullcontext():
+        serving: AbstractContextManager[None] = nullcontext()
+        if config.sources == load_config(DownloadConfig, DEFAULT).under(storage_root()).sources:
+            serving = _own_clips(config.sources[0].path)
+            config = config.model_copy(update={"allow_private_addresses": True})
+        with serving:
             summary = run_downloads(config, on_progress=lambda line: print(line, flush=True))
     except ValleyError as error:
         print(f"download: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -38,21 +40,20 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("download: stopped; what has ended is recorded, start again to go on", file=sys.stderr)
         return 130
-    for error_class, example in summary.examples.items():
-        print(f"failed  {summary.by_error_class[error_class]} x {error_class}, for example {example}")
-    print(f"ledger  {summary.ledger}\nclips   {summary.clips}")
-    print(json.dumps(asdict(summary)))
+    for name, text in summary.examples.items():
+        print(f"failed  {summary.by_error_class[name]} x {name}, for example {text}")
+    print(f"ledger  {summary.ledger}\nclips   {summary.clips}\n{json.dumps(asdict(summary))}")
     return 0
 
 
 def _own_clips(list_file: Path) -> AbstractContextManager[None]:
     """What the default configuration downloads, served while the block runs, to the nodes of a cluster too."""
-    import ray
+    from ray.util import get_node_ip_address
 
     from valley_ray.nano.site import serve_scenes
 
     connect(include_dashboard=False)
-    return serve_scenes(list_file, host=ray.util.get_node_ip_address())
+    return serve_scenes(list_file, host=get_node_ip_address())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from download_server import Site, serving
 
 from valley_ray.config import validate_config
 from valley_ray.data.commit import exclusive
+from valley_ray.data.download import run as download_run
 from valley_ray.data.download.config import DownloadConfig
 from valley_ray.data.download.ledger import LEDGER_SCHEMA
 from valley_ray.data.download.results import DownloadSummary
@@ -153,23 +154,23 @@ def test_windows_of_vatex_share_a_video_and_become_clips(tmp_path: Path, site: S
     assert ledger[2]["error_class"] == clips[2]["error_class"] != ""
 
 
-def test_a_worker_that_dies_costs_no_row(tmp_path: Path, site: Site) -> None:
-    rows = [{"url": site.url(f"/slow/0.4/{i}/{i % 4}.mp4")} for i in range(12)]
+def test_a_worker_that_dies_costs_no_row(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"url": site.url(f"/slow/0.8/{i}/{i % 4}.mp4")} for i in range(16)]
     config = make_config(tmp_path, rows, num_workers=2)
     killed: list[int] = []
 
     def kill_one(line: str) -> None:
         ours = psutil.Process().children(recursive=True)
-        killed.append(next(one.pid for one in ours if "DownloadWorker" in "".join(one.cmdline())))
-        os.kill(killed[0], signal.SIGKILL)
+        workers = [one.pid for one in ours if "DownloadWorker.attempt" in "".join(one.cmdline())]
+        if workers and not killed:
+            os.kill(workers[0], signal.SIGKILL)
+            killed.append(workers[0])
 
-    from valley_ray.data.download import run as module
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PROGRESS_EVERY_S", 0.6)
-        summary = run_downloads(config, on_progress=lambda line: killed or kill_one(line))
+    monkeypatch.setattr(download_run, "_PROGRESS_EVERY_S", 0.2)
+    summary = run_downloads(config, on_progress=kill_one)
     assert killed
-    assert (summary.rows_in, summary.ok) == (12, 12)
+    assert (summary.rows_in, summary.ok) == (16, 16)
+    assert max(site.asked.values()) == 2, "what was under way there was begun again"
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_next_goes_on(tmp_path: Path, site: Site) -> None:
@@ -193,6 +194,18 @@ def test_one_ledger_has_one_writer(tmp_path: Path, site: Site) -> None:
         run_downloads(config)
 
 
+def test_a_row_that_contradicts_another_does_not_speak_for_their_url(tmp_path: Path, site: Site) -> None:
+    rows = [{"url": site.url("/ok/0.mp4"), "size_bytes": len(site.contents["0.mp4"])}]
+    rows += [{"url": site.url("/ok/0.mp4"), "size_bytes": 1}]
+    for _ in range(2):
+        summary, ledger = run(make_config(tmp_path, rows))
+        assert [row["status"] for row in ledger] == [OK, FAILED]
+    assert summary.files_taken_over == 1
+    added, ledger = run(make_config(tmp_path, [{"url": site.url("/ok/1.mp4")}]))
+    assert (added.rows_in, added.ok) == (1, 1)
+    assert [row["status"] for row in ledger] == [OK, FAILED, OK], "rows of earlier lists are kept"
+
+
 @pytest.mark.faults
 def test_a_killed_driver_is_continued_without_asking_again(
     tmp_path: Path, site: Site, contents: dict[str, bytes]
@@ -214,7 +227,7 @@ def test_a_killed_driver_is_continued_without_asking_again(
         stderr=subprocess.DEVNULL,
     )
     try:
-        _until(lambda: site.asked["/wait/1/0.mp4"] == 1 and _num_recorded(config) == 23)
+        _until(lambda: site.asked["/wait/1/0.mp4"] == 1 and _num_recorded(config) == 23, driver)
     finally:
         driver.kill()
         driver.wait()
@@ -237,8 +250,9 @@ def _num_recorded(config: DownloadConfig) -> int:
     return num_journaled + len(statuses) - statuses.count(PENDING)
 
 
-def _until(is_so: Any) -> None:
+def _until(is_so: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to that"
+        assert driver.poll() is None, f"the job ended by itself with status {driver.returncode}"
         time.sleep(0.05)

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 _MAX_ANSWER_BYTES = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a download so far."""
 

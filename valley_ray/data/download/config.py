@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from valley_ray.config import Config
 from valley_ray.media.sandbox import SandboxLimits
@@ -122,9 +122,7 @@ class RetryConfig(Config):
 class DownloadConfig(Config):
     """What is fetched, where it goes and what it may cost."""
 
-    sources: tuple[Annotated[UrlList | VatexAnnotations | CategoryList, Field(discriminator="kind")], ...] = Field(
-        min_length=1
-    )
+    sources: tuple[Annotated[UrlList | VatexAnnotations | CategoryList, Field(discriminator="kind")], ...]
     """Lists of what to fetch, one after the other."""
     media_root: Path
     """Folder of the files, on a file system that all nodes share."""
@@ -158,6 +156,13 @@ class DownloadConfig(Config):
     """yt-dlp's format of videos on pages; the default takes pictures without sound, so that nothing must be merged."""
     sandbox: SandboxLimits = SandboxLimits()
     """Time and memory for the look into a file before it counts as there."""
+
+    @field_validator("sources")
+    @classmethod
+    def _check_sources(cls, sources: tuple[ListConfig, ...]) -> tuple[ListConfig, ...]:
+        if not sources:
+            raise ValueError("sources is empty; name at least one list, {kind: urls, path: urls.txt}")
+        return sources
 
     def under(self, root: Path) -> "DownloadConfig":
         """The same with relative paths below `root`."""

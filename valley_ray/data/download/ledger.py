@@ -4,10 +4,11 @@ The journal makes an outcome survive the driver's death at once; the table is wh
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ LEDGER_SCHEMA = pa.schema(
 of one URL share. path: relative to the media root. attempts: 0 for a file that was there. seconds: over all attempts.
 Rows of earlier runs that are in no present list are kept."""
 
+_OUTCOME_COLUMNS = ("status", "error_class", "error", "attempts", "size_bytes", "seconds", "sha256", "etag")
+
 LEDGER_FILE = "ledger.parquet"
 JOURNAL_FILE = "journal.jsonl"
 _COMMIT_EVERY_S = 10.0
 _COMMIT_SHARE = 0.05
+_ROWS_AT_ONCE = 8192
 
 
 class Ledger:
@@ -57,15 +61,17 @@ class Ledger:
         """Open the ledger of `directory`; raises DataError where a table is there that is none."""
         self._directory = directory
         self._rows = rows
-        self._earlier = _read_table(directory / LEDGER_FILE)
-        self._outcomes = {row["download_id"]: _outcome_of(row) for row in self._earlier if row["status"] != PENDING}
+        self._outcomes: dict[str, Outcome] = {}
+        self._kept: list[dict[str, Any]] = []
+        table = directory / LEDGER_FILE
+        wanted = {_key(row.row_id, row.source, row.download_id, row.start_s) for row in rows if table.exists()}
+        for row in _read_table(table):
+            # A row that could not be used says nothing about the download of its URL, which others may share.
+            if row["status"] != PENDING and row["error_class"] != DataError.code:
+                self._outcomes[row["download_id"]] = _outcome_of(row)
+            if _key(row["row_id"], row["source"], row["download_id"], row["start_s"]) not in wanted:
+                self._kept.append(row)
         self._outcomes |= {outcome.download_id: outcome for outcome in _read_journal(directory / JOURNAL_FILE)}
-        wanted = {_key(row.row_id, row.source, row.download_id, row.start_s) for row in rows}
-        self._kept = [
-            row
-            for row in self._earlier
-            if _key(row["row_id"], row["source"], row["download_id"], row["start_s"]) not in wanted
-        ]
         self._known_paths = {outcome.path for outcome in self._outcomes.values() if outcome.status == OK}
         self._committed_at, self._commit_s = time.monotonic(), 0.0
 
@@ -98,7 +104,7 @@ class Ledger:
         path = self._directory / LEDGER_FILE
         temporary = path.with_name(f".{path.name}.tmp")
         with disk_errors(path):
-            pq.write_table(pa.Table.from_pylist([*self._kept, *self.rows()], schema=LEDGER_SCHEMA), temporary)
+            write_rows(temporary, itertools.chain(self._kept, self.rows()), LEDGER_SCHEMA)
             os.replace(temporary, path)
             (self._directory / JOURNAL_FILE).unlink(missing_ok=True)
         self._committed_at = time.monotonic()
@@ -107,37 +113,53 @@ class Ledger:
     def rows(self) -> Iterable[dict[str, Any]]:
         """This run's rows as the table has them, in order."""
         for row in self._rows:
-            values: dict[str, Any] = {"status": PENDING, "error_class": "", "error": "", "attempts": 0}
             outcome = self._outcomes.get(row.download_id)
             if row.error:
-                values |= {"status": FAILED, "error_class": DataError.code, "error": row.error}
-            elif outcome is not None:
-                values |= dataclasses.asdict(outcome)
-            place = {name: getattr(row, name) for name in ("row_id", "source", "download_id", "method", "path")}
-            window = {"start_s": row.start_s, "end_s": row.end_s, "url": row.shown_url}
-            yield {name: (values | place | window).get(name) for name in LEDGER_SCHEMA.names}
+                came = Outcome(row.download_id, row.path, FAILED, error_class=DataError.code, error=row.error)
+            else:
+                came = outcome or Outcome(row.download_id, row.path, PENDING)
+            yield {
+                "row_id": row.row_id,
+                "source": row.source,
+                "download_id": row.download_id,
+                "method": row.method,
+                "url": row.shown_url,
+                "path": row.path,
+                "start_s": row.start_s,
+                "end_s": row.end_s,
+                **{name: getattr(came, name) for name in _OUTCOME_COLUMNS},
+            }
 
 
-def _key(row_id: str, source: str, download_id: str, start_s: float | None) -> tuple[Any, ...]:
-    return row_id, source, download_id, start_s
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows to Parquet as they come, so that memory holds a few thousand of them."""
+    waiting = iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while batch := list(itertools.islice(waiting, _ROWS_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
+def _key(row_id: str, source: str, download_id: str, start_s: float | None) -> int:
+    """What tells rows apart, as a number, since there may be a million."""
+    return hash((row_id, source, download_id, start_s))
+
+
+def _read_table(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
-        return []
+        return
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if names != LEDGER_SCHEMA.names:
+                raise DataError(f"{path} is no ledger (columns {', '.join(names)}); move it away")
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is no ledger ({' '.join(str(error).split())[:120]}); move it away") from error
-    if table.schema.names != LEDGER_SCHEMA.names:
-        raise DataError(f"{path} is no ledger (columns {', '.join(table.schema.names)}); move it away")
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def _outcome_of(row: dict[str, Any]) -> Outcome:
-    names = {field.name for field in dataclasses.fields(Outcome)}
-    return Outcome(**{name: value for name, value in row.items() if name in names})
+    return Outcome(row["download_id"], row["path"], **{name: row[name] for name in _OUTCOME_COLUMNS})
 
 
 def _read_journal(path: Path) -> list[Outcome]:

@@ -23,6 +23,7 @@ from valley_ray.errors import (
 from valley_ray.fetch_connection import is_public
 
 _ASKS_FOR_LOGIN = re.compile(r"sign in|log in|login|cookies|members.only|private video|confirm your age", re.IGNORECASE)
+_REQUEST_FOR_REPORTS = re.compile(r" \(caused by .*|; please report this issue.*")
 _BROKE_OFF = re.compile(r"got error|timed out|connection (reset|aborted|broken|refused)", re.IGNORECASE)
 _ASKS_FOR_PATIENCE = re.compile(r"try again later|rate.?limit|too many requests", re.IGNORECASE)
 
@@ -118,7 +119,8 @@ def _named(error: Exception) -> ValleyError:
     from yt_dlp.networking.exceptions import HTTPError, TransportError
     from yt_dlp.utils import ContentTooShortError, DownloadCancelled, DownloadError, ExtractorError
 
-    message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()).removeprefix("ERROR: ")[:300]
+    message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()).removeprefix("ERROR: ")
+    message = _REQUEST_FOR_REPORTS.sub("", message)[:300]
     causes = _causes(error)
     if isinstance(error, DownloadCancelled):
         return SourceTooLargeError(message)

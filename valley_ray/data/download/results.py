@@ -3,19 +3,16 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from valley_ray.data.commit import write_json
 from valley_ray.data.download.config import DownloadConfig
-from valley_ray.data.download.ledger import LEDGER_FILE
+from valley_ray.data.download.ledger import LEDGER_FILE, write_rows
 from valley_ray.data.download.partial import disk_errors
 from valley_ray.data.download.progress import Progress
 from valley_ray.data.download.sources import Row
-from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, check_clips
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
 from valley_ray.data.sources import clip_row
 
 CLIPS_FILE = "clips.parquet"
@@ -54,19 +51,30 @@ class DownloadSummary:
 
 
 def write_results(
-    config: DownloadConfig, rows: Sequence[Row], ended: Sequence[Mapping[str, Any]], progress: Progress
+    config: DownloadConfig, rows: Sequence[Row], ended: Iterable[Mapping[str, Any]], progress: Progress
 ) -> DownloadSummary:
     """Write clips table and summary of `rows`; `ended` are their rows of the ledger. Raises StorageError."""
-    folder = config.ledger_folder
-    failed = Counter(row["error_class"] for row in ended if row["status"] == FAILED)
+    folder, statuses = config.ledger_folder, Counter[str]()
+    failed, examples = Counter[str](), dict[str, str]()
+
+    def counted() -> Iterator[Mapping[str, Any]]:
+        for row in ended:
+            statuses[row["status"]] += 1
+            if row["status"] == FAILED:
+                failed[row["error_class"]] += 1
+                examples.setdefault(row["error_class"], f"{row['row_id']}: {row['error']}")
+            yield row
+
+    with disk_errors(folder / CLIPS_FILE):
+        temporary = folder / f".{CLIPS_FILE}.tmp"
+        write_rows(temporary, _clips(config, counted()), CLIPS_SCHEMA)
+        os.replace(temporary, folder / CLIPS_FILE)
     summary = DownloadSummary(
         rows_in=len(rows),
-        ok=sum(row["status"] == OK for row in ended),
-        failed=failed.total(),
+        ok=statuses[OK],
+        failed=statuses[FAILED],
         by_error_class=dict(failed.most_common()),
-        examples={
-            row["error_class"]: f"{row['row_id']}: {row['error']}" for row in reversed(ended) if row["status"] == FAILED
-        },
+        examples=examples,
         num_files=progress.num_files,
         files_fetched=progress.ended[OK] - progress.found,
         files_found=progress.found,
@@ -81,21 +89,19 @@ def write_results(
         clips=str(folder / CLIPS_FILE),
     )
     assert summary.rows_in == summary.ok + summary.failed, f"rows lost: {summary}"
-    with disk_errors(folder / CLIPS_FILE):
-        temporary = folder / f".{CLIPS_FILE}.tmp"
-        pq.write_table(_clips_table(config, ended), temporary)
-        os.replace(temporary, folder / CLIPS_FILE)
+    with disk_errors(folder / SUMMARY_FILE):
         write_json(folder / SUMMARY_FILE, dataclasses.asdict(summary))
     return summary
 
 
-def _clips_table(config: DownloadConfig, ended: Sequence[Mapping[str, Any]]) -> pa.Table:
+def _clips(config: DownloadConfig, ended: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The rows as clips to decode (CLIPS_SCHEMA), each file and window once, what failed with its reason."""
-    clips: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for row in ended:
         uri = str((config.media_root / row["path"]).absolute()) if row["path"] else f"{row['source']}: {row['row_id']}"
         clip = clip_row("video", uri, start_s=row["start_s"], end_s=row["end_s"])
         if row["status"] == FAILED:
             clip |= {name: row[name] for name in ("status", "error_class", "error")} | {"etag": "", "size_bytes": None}
-        clips.setdefault(clip["clip_id"], clip)
-    return check_clips(pa.Table.from_pylist(list(clips.values()), schema=CLIPS_SCHEMA))
+        if clip["clip_id"] not in seen:
+            seen.add(clip["clip_id"])
+            yield clip

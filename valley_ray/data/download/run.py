@@ -34,6 +34,7 @@ from valley_ray.session import connect
 logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 2.0
+_NOTHING_YET = Outcome("", "", PENDING)
 _MAX_LOSSES = 3
 """How often a download may lose its worker, which is no fault of its own, before it counts as failed."""
 
@@ -74,15 +75,15 @@ def run_downloads(config: DownloadConfig, *, on_progress: Callable[[str], None] 
                 _Run(config, ledger, progress, workers, on_progress).work(pending)
         finally:
             ledger.commit()
-        return write_results(config, rows, list(ledger.rows()), progress)
+        return write_results(config, rows, ledger.rows(), progress)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Job:
     """A download under way: its row and what its attempts have come to."""
 
     row: Row
-    outcome: Outcome
+    outcome: Outcome = _NOTHING_YET
     losses: int = 0
     worker: int = -1
 
@@ -113,7 +114,7 @@ class _Run:
     def work(self, rows: Sequence[Row]) -> None:
         """Bring every row to its end."""
         for row in rows:
-            self._schedule.add(row.host, _Job(row, Outcome(row.download_id, row.path, PENDING)))
+            self._schedule.add(row.host, _Job(row))
         try:
             while self._schedule.num_waiting or self._running:
                 self._begin()
@@ -196,7 +197,15 @@ class _Run:
             self._schedule.add(job.row.host, job, not_before=time.monotonic() + self._config.retry.backoff_s)
             return
         reason = f"{job.losses} workers died with it ({' '.join(str(error).split())[:120]})"
-        job.outcome = dataclasses.replace(job.outcome, error_class="worker_died", error=reason)
+        job.outcome = Outcome(
+            job.row.download_id,
+            job.row.path,
+            FAILED,
+            error_class="worker_died",
+            error=reason,
+            attempts=job.outcome.attempts,
+            seconds=job.outcome.seconds,
+        )
         self._end(job)
 
     def _end(self, job: _Job) -> None:

@@ -105,53 +105,59 @@ def _vatex_rows(source: VatexAnnotations, index: int) -> Iterable[Row]:
     One download serves all windows of a video, nothing needs ffmpeg or is encoded again, and the window is cut where
     frames are exact: by the decoder. Sections start at key frames and make two files out of one video.
     """
-    records = read_json(source.path, list, "VATEX annotations")[: source.limit]
+    records, list_name = read_json(source.path, list, "VATEX annotations")[: source.limit], source.path.name
     for number, record in enumerate(records):
         video = record.get("videoID") if isinstance(record, dict) else None
-        row = Row(str(video or f"{source.path.name}#{number}"), source.path.name, index, method="page")
+        row = _start(str(video or ""), list_name, number, index, "page")
         try:
             if not isinstance(video, str):
                 raise DataError(f"an annotation must be an object with a text videoID, got {record!r:.80}")
             name, start_s, end_s = parse_vatex_id(video)
             path = _path_below(source.folder, source.name.replace("{id}", name))
         except DataError as error:
-            yield dataclasses.replace(row, error=str(error))
+            yield Row(**row, error=str(error))
         else:
             url = source.page_url.replace("{id}", name)
-            yield dataclasses.replace(row, url=url, path=path, start_s=start_s, end_s=end_s)
+            yield Row(**row, url=url, path=path, start_s=start_s, end_s=end_s)
 
 
 def _category_rows(source: CategoryList, index: int) -> Iterable[Row]:
-    categories = read_json(source.path, dict, "a category list")
+    categories, list_name = read_json(source.path, dict, "a category list"), source.path.name
     records = [
         record for videos in categories.values() for record in (videos if isinstance(videos, list) else [videos])
     ]
     for number, record in enumerate(records[: source.limit]):
         video = record.get(source.id_key) if isinstance(record, dict) else None
-        row = Row(str(video or f"{source.path.name}#{number}"), source.path.name, index, method="api")
+        row = _start(str(video or ""), list_name, number, index, "api")
         try:
             if isinstance(video, bool) or not isinstance(video, str | int) or video == "":
                 raise DataError(f"a video must be an object with {source.id_key!r}, text or number, got {record!r:.80}")
             path = _path_below(source.folder, source.name.replace("{id}", str(video)))
         except DataError as error:
-            yield dataclasses.replace(row, error=str(error))
+            yield Row(**row, error=str(error))
         else:
-            yield dataclasses.replace(row, url=source.api_url.replace("{id}", quote(str(video), safe="")), path=path)
+            yield Row(**row, url=source.api_url.replace("{id}", quote(str(video), safe="")), path=path)
 
 
 def _url_rows(source: UrlList, index: int) -> Iterable[Row]:
+    list_name = source.path.name
     for number, record in enumerate(read_list(source.path, url_key=source.url_key, limit=source.limit)):
         given = _text(record, source.id_key)
-        row = Row(given or f"{source.path.name}#{number}", source.path.name, index, method=source.method)
+        row = _start(given, list_name, number, index, source.method)
         try:
             url = _text(record, source.url_key)
             _check_url(url, source.url_key)
             name = _text(record, source.name_key) or (given and given.replace("/", "_")) or _name_of(url)
             name = name if PurePosixPath(name).suffix else name + _ending_of(url)
-            row = dataclasses.replace(row, url=url, path=_path_below(source.folder, name))
-            yield dataclasses.replace(row, sha256=_sha256(record, source), size_bytes=_size(record, source))
+            row |= {"url": url, "path": _path_below(source.folder, name)}
+            yield Row(**row, sha256=_sha256(record, source), size_bytes=_size(record, source))
         except DataError as error:
-            yield dataclasses.replace(row, error=str(error))
+            yield Row(**row, error=str(error))
+
+
+def _start(row_id: str, list_name: str, number: int, index: int, method: str) -> dict[str, Any]:
+    """What is known of a row whatever it holds."""
+    return {"row_id": row_id or f"{list_name}#{number}", "source": list_name, "source_index": index, "method": method}
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
@@ -209,20 +215,25 @@ def _path_below(folder: str, name: str) -> str:
 
 def _settle(rows: list[Row]) -> list[Row]:
     """Give rows of one URL one path and one expectation, and paths to one URL each; the first row decides."""
-    first: dict[str, Row] = {}
-    owner: dict[str, str] = {}
+    first: dict[tuple[str, str], Row] = {}
+    owner: dict[str, Row] = {}
     for row in rows:
         if not row.error:
-            known = first.setdefault(row.download_id, row)
-            size_bytes = row.size_bytes if known.size_bytes is None else known.size_bytes
-            known = dataclasses.replace(known, sha256=known.sha256 or row.sha256, size_bytes=size_bytes)
-            first[row.download_id] = known
-            owner.setdefault(known.path, row.download_id)
-    return [row if row.error else _settled(row, first[row.download_id], owner) for row in rows]
+            known = first.setdefault((row.method, row.url), row)
+            if known is not row:
+                size_bytes = row.size_bytes if known.size_bytes is None else known.size_bytes
+                known = dataclasses.replace(known, sha256=known.sha256 or row.sha256, size_bytes=size_bytes)
+                first[row.method, row.url] = known
+            owner.setdefault(known.path, known)
+    return [row if row.error else _settled(row, first[row.method, row.url], owner) for row in rows]
 
 
-def _settled(row: Row, known: Row, owner: Mapping[str, str]) -> Row:
-    if owner[known.path] != row.download_id:
+def _settled(row: Row, known: Row, owners: Mapping[str, Row]) -> Row:
+    """`row` with what `known`, the first of its URL, decides; `owners` are the first rows by path."""
+    owner = owners[known.path]
+    if row is known and owner is row:
+        return row
+    if (owner.method, owner.url) != (known.method, known.url):
         return dataclasses.replace(row, error=f"the name {known.path!r} is another URL's already; give another one")
     if row.sha256 not in ("", known.sha256) or row.size_bytes not in (None, known.size_bytes):
         return dataclasses.replace(row, error=f"row {known.row_id!r} has the same URL and another sha256 or size")
