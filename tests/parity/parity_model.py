@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from parity_set import ROOT, expand_ids, expand_labels, load_json, require_set
 
@@ -18,19 +19,33 @@ def open_variant(name: str, **options: Any) -> ValleyForConditionalGeneration:
     return model
 
 
-def stored_clips(name: str) -> dict[int, torch.Tensor]:
+def has_variant(name: str) -> bool:
+    """Whether the set has the checkpoint `name`."""
+    return (ROOT / "checkpoints" / name / "config.json").is_file()
+
+
+def load_arrays(name: str) -> Any:
+    """An npz file of the set; skips the test where the set or the file is absent."""
+    require_set()
+    if not (ROOT / name).is_file():
+        pytest.skip(f"{ROOT / name} is absent; set VALLEY_PARITY to a parity set")
+    return np.load(ROOT / name)
+
+
+def stored_clips(name: str, *, by_rate: bool = False) -> dict[int, torch.Tensor]:
     """The stored inputs for checkpoint `name` by number of frames: float32 [T, 3, S, S], stored float16.
 
-    One frame is the image, prepared for the tower that the checkpoint names.
+    One frame is the image, prepared for the tower that the checkpoint names. Of two videos of equal length the one
+    sampled by a fixed count is taken, or with `by_rate` the one sampled by a rate.
     """
-    require_set()
     tower = load_json(f"checkpoints/{name}/config.json")["mm_vision_tower"]
-    image_key = "chinese_clip_pixel_values" if "chinese" in tower else "clip_pixel_values"
-    arrays = [np.load(ROOT / "media_image.npz")[image_key]]
-    for path in sorted(ROOT.glob("media_video*.npz")):
+    arrays = [
+        load_arrays("media_image.npz")["chinese_clip_pixel_values" if "chinese" in tower else "clip_pixel_values"]
+    ]
+    for path in sorted(ROOT.glob("media_video*.npz"), key=lambda path: ("fps" in path.name) != by_rate):
         file = np.load(path)
         arrays += [file[key] for key in file.files if re.fullmatch(r"[^_]+_pixel_values", key)]
-    return {len(pixels): torch.from_numpy(pixels).float() for pixels in arrays}
+    return {len(pixels): torch.from_numpy(pixels).float() for pixels in reversed(arrays)}
 
 
 def text_case(record_id: str, conv_mode: str = "v1") -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from parity_model import open_variant, stored_clips
+from parity_model import has_variant, open_variant, stored_clips
 from parity_set import expand_ids, load_json
 
 from valley_ray.engine.engine import Prompt, SamplingParams
@@ -24,6 +24,8 @@ def each_case() -> Iterator[tuple[str, ValleyForConditionalGeneration, list[tupl
         if "input_ids_rle_slow" in case
     }
     for name, recorded in load_json("generate.json").items():
+        if not has_variant(name):
+            continue
         model = open_variant(name, splice="upstream")
         own_end = model.generation_config.eos_token_id
         cases = [
