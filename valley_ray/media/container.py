@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import av
 
 from valley_ray.errors import (
     CorruptMediaError,
+    MediaError,
     MediaLimitError,
     NotMediaError,
     NoVideoStreamError,
@@ -26,6 +27,9 @@ _DEMUXERS = (
 )
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot")
 _MAGICS = (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8", b"FLV\x01", b"OggS", b"\x00\x00\x01\xba", b"0&\xb2u", b"DKIF", b"ID3")
+_HEADER_ONLY = {"skip_frame": "all", "probesize": "2048"}
+"""Otherwise libav reads up to 5 MB and decodes up to 20 frames of each stream, to learn what the index of an mp4 says.
+2048 bytes are the least by which it tells formats apart."""
 
 
 def reason(error: BaseException) -> str:
@@ -64,12 +68,12 @@ def open_video(
 
 
 def _open(source: MediaSource, *, name: str, decode_first: bool) -> Any:
-    # libav decodes up to 20 frames of each stream to find out what the index of an mp4 says.
     if not decode_first and read_head(source, name=name)[4:8] in _MP4_BOXES:
-        container = _open_with(source, {"skip_frame": "all"}, name=name)
-        if _header_tells(container):
-            return container
-        container.close()
+        with suppress(MediaError):  # the thorough way says what is wrong
+            container = _open_with(source, _HEADER_ONLY, name=name)
+            if _header_tells(container):
+                return container
+            container.close()
     return _open_with(source, {}, name=name)
 
 
