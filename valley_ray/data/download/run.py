@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from valley_ray.data.commit import exclusive
 from valley_ray.data.download.attempt import Outcome
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 2.0
 _NOTHING_YET = Outcome("", "", PENDING)
-_MAX_LOSSES = 3
-"""How often a download may lose its worker, which is no fault of its own, before it counts as failed."""
 
 
 def run_downloads(config: DownloadConfig, *, on_progress: Callable[[str], None] = lambda line: None) -> DownloadSummary:
@@ -84,7 +82,6 @@ class _Job:
 
     row: Row
     outcome: Outcome = _NOTHING_YET
-    losses: int = 0
     worker: int = -1
 
 
@@ -158,9 +155,8 @@ class _Run:
         try:
             came: Outcome = ray.get(reference)
         except RayActorError as error:
-            self._schedule.finish(job.row.host)
-            self._lost(job, error)
-            return
+            reason = f"worker after worker died with it ({' '.join(str(error).split())[:120]})"
+            came = Outcome(job.row.download_id, job.row.path, FAILED, "worker_died", reason, attempts=1)
         except RayTaskError as error:
             logger.error("%s: %s", job.row.path, error)
             reason = f"a fault of this program: {error.cause!r:.200}"
@@ -189,24 +185,6 @@ class _Run:
         self._schedule.add(job.row.host, job, not_before=until)
         self._progress.retries += 1
         logger.info("%s: %s; again in %.1f s", job.row.path, came.error, pause_s)
-
-    def _lost(self, job: _Job, error: RayError) -> None:
-        """The worker or its node died. Ray starts another; what has arrived on disk is resumed."""
-        job.losses += 1
-        if job.losses <= _MAX_LOSSES:
-            self._schedule.add(job.row.host, job, not_before=time.monotonic() + self._config.retry.backoff_s)
-            return
-        reason = f"{job.losses} workers died with it ({' '.join(str(error).split())[:120]})"
-        job.outcome = Outcome(
-            job.row.download_id,
-            job.row.path,
-            FAILED,
-            error_class="worker_died",
-            error=reason,
-            attempts=job.outcome.attempts,
-            seconds=job.outcome.seconds,
-        )
-        self._end(job)
 
     def _end(self, job: _Job) -> None:
         status = OK if job.outcome.status == OK else FAILED

@@ -15,6 +15,9 @@ from valley_ray.data.schema import PENDING
 from valley_ray.errors import StorageError
 from valley_ray.media.sandbox import Sandbox
 
+_MAX_LOSSES = 3
+"""Workers that an attempt may lose, as it is begun again after each."""
+
 
 class DownloadWorker:
     """Ray actor; several calls run at once."""
@@ -35,13 +38,18 @@ class DownloadWorker:
 
 
 def start_workers(config: DownloadConfig, credentials: list[Credentials]) -> list[Any]:
-    """Actor handles, spread over the nodes; one that dies is started again, on another node if need be."""
+    """Actor handles, spread over the nodes.
+
+    A worker that dies is started again, on another node if need be, with the attempts that it had under way; what has
+    arrived on disk is resumed. An attempt that loses several workers raises RayActorError.
+    """
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     actor = ray.remote(DownloadWorker).options(
         num_cpus=config.cpus_per_worker,
         # One more than downloads, so that the progress line need not wait for one of them.
         max_concurrency=config.downloads_per_worker + 1,
         max_restarts=-1,
+        max_task_retries=_MAX_LOSSES,
         scheduling_strategy="SPREAD",
     )
     return [actor.remote(config, credentials) for _ in range(config.num_workers or num_nodes)]
