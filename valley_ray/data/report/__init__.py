@@ -1,0 +1,5 @@
+"""A data set told on one page: the tables of clips and samples become a self-contained HTML file. Knows no Ray."""
+
+from valley_ray.data.report.page import write_report
+
+__all__ = ["write_report"]
