@@ -1,6 +1,7 @@
 """One attempt at one file, against a server that stalls, cuts, lies and redirects: only whole videos get their name."""
 
 import hashlib
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from clips import write_clip
 from download_server import Site, serving
+from PIL import Image
 
 from valley_ray.config import validate_config
 from valley_ray.data.download.attempt import Downloader, Outcome
@@ -29,7 +31,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def site(video: bytes) -> Iterator[Site]:
-    with serving({"a.mp4": video}) as site:
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    with serving({"a.mp4": video, "picture.mp4": picture.getvalue()}) as site:
         yield site
 
 
@@ -79,6 +83,7 @@ def test_a_video_is_put_in_place_with_its_size_and_digest(fetcher: Fetcher, vide
         ("/403/a.mp4", "source_refused", "status 403"),
         ("/html/a.mp4", "media_not_recognised", "not a video"),
         ("/ok/nothing.mp4", "media_empty", ""),
+        ("/ok/picture.mp4", "media_not_recognised", "an image"),
         ("/says-less/a.mp4", "media_truncated", ""),
         ("/loop/a", "fetch_failed", "redirects"),
         ("/to/a?ftp://127.0.0.1/a.mp4", "source_not_allowed", "ftp"),
@@ -152,7 +157,9 @@ def test_bytes_that_may_have_changed_are_fetched_from_the_start(fetcher: Fetcher
 
 
 def test_a_range_that_was_not_asked_for_is_not_appended(fetcher: Fetcher, video: bytes) -> None:
-    assert [fetcher.fetch("/wrong-range/700/a.mp4").status for _ in range(3)] == [PENDING, PENDING, OK]
+    outcomes = [fetcher.fetch("/wrong-range/700/a.mp4") for _ in range(3)]
+    assert [outcome.status for outcome in outcomes] == [PENDING, PENDING, OK]
+    assert "another range than asked" in outcomes[1].error
     assert fetcher.files() == {"v.mp4": video}
 
 
