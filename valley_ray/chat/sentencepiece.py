@@ -20,16 +20,19 @@ CONFIG_FILE = "tokenizer_config.json"
 
 
 class SentencePieceTokenizer:
-    """A tokenizer folder of the 2023 layout: tokenizer.model and added_tokens.json."""
+    """A tokenizer folder of the 2023 layout: tokenizer.model and added_tokens.json.
 
-    def __init__(self, folder: Path) -> None:
+    `added` names the added tokens and their ids instead of that file.
+    """
+
+    def __init__(self, folder: Path, *, added: dict[str, int] | None = None) -> None:
         self._folder = folder
         self._processor = SentencePieceProcessor()
         try:
             self._processor.Load(str(folder / MODEL_FILE))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{folder / MODEL_FILE} is no sentencepiece model; copy it again") from error
-        self._added = _read_added_tokens(folder / ADDED_TOKENS_FILE)
+        self._added = _read_added_tokens(folder / ADDED_TOKENS_FILE) if added is None else added
         special = (self._processor.bos_id(), self._processor.eos_id(), self._processor.unk_id())
         self._special = {self._processor.IdToPiece(token): token for token in special if token >= 0}
 

@@ -1,4 +1,4 @@
-"""`valley-ray convert`, `merge-lora`, `make-delta` and `apply-delta`: model folders in, a model folder out."""
+"""`valley-ray convert`, `compose`, `merge-lora`, `make-delta` and `apply-delta`: folders in, a model folder out."""
 
 import argparse
 from pathlib import Path
@@ -8,10 +8,14 @@ from valley_ray.cli.arguments import DTYPES
 from valley_ray.cli.opening import quiet_libraries
 from valley_ray.errors import CheckpointError
 
+POOLINGS = ("mean", "max", "importance", "delta")
+"""As `valley_ray.model.pooling` has them; --help must not import torch."""
+
 
 def add_to(commands: Any) -> None:
-    """Add the four commands to the parser."""
+    """Add the five commands to the parser."""
     _add_convert(commands)
+    _add_compose(commands)
     _add_merge_lora(commands)
     _add_make_delta(commands)
     _add_apply_delta(commands)
@@ -31,6 +35,29 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("source", type=Path, metavar="SOURCE", help="model folder to read")
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="new folder to write")
     _add_dtype(convert)
+
+
+def _add_compose(commands: Any) -> None:
+    about = "Put a vision tower and a language model together."
+    compose = commands.add_parser(
+        "compose",
+        help=about,
+        description=f"{about} Any Hugging Face vision tower and causal language model, each a folder or a name on the "
+        "hub. The projector is random: train the folder before you ask it.",
+        allow_abbrev=False,
+    )
+    compose.set_defaults(run=_run_compose)
+    compose.add_argument("--tower", required=True, metavar="NAME", help="vision tower: CLIP, ChineseCLIP, SigLIP, ...")
+    compose.add_argument("--language-model", required=True, metavar="NAME", help="LLaMA, Vicuna, Qwen2, ...")
+    compose.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default="mean",
+        help="how frames become one set of patch tokens (default: %(default)s)",
+    )
+    compose.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    _add_output(compose)
+    _add_dtype(compose)
 
 
 def _add_merge_lora(commands: Any) -> None:
@@ -80,6 +107,21 @@ def _run_convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_compose(options: argparse.Namespace) -> int:
+    _check_output(options.output)
+    import torch
+
+    from valley_ray.convert import compose
+
+    quiet_libraries()
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    compose(
+        options.tower, options.language_model, options.output, pooling=options.pooling, dtype=dtype, seed=options.seed
+    )
+    print(f"wrote {options.output}; train it: python jobs/finetune.py CONFIG.yaml with model: {options.output}")
+    return 0
+
+
 def _run_merge_lora(options: argparse.Namespace) -> int:
     _check_input(options.adapter, "adapter_config.json")
     if options.base is not None:
@@ -110,8 +152,7 @@ def _run_apply_delta(options: argparse.Namespace) -> int:
 
 
 def _convert(source: Path, options: argparse.Namespace, base: Path | None = None) -> None:
-    if options.output.is_dir() and any(options.output.iterdir()):
-        raise CheckpointError(f"{options.output} is not empty; name a new folder, so that nothing is overwritten")
+    _check_output(options.output)
     import torch
 
     from valley_ray.convert import convert
@@ -120,6 +161,12 @@ def _convert(source: Path, options: argparse.Namespace, base: Path | None = None
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     convert(source, options.output, base=base, dtype=dtype)
     _say_how_to_ask(options.output)
+
+
+def _check_output(folder: Path) -> None:
+    """Said before torch is imported."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; name a new folder, so that nothing is overwritten")
 
 
 def _say_how_to_ask(folder: Path) -> None:

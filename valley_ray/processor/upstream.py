@@ -16,6 +16,9 @@ from valley_ray.processor.config import ProcessorConfig
 
 _ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+DEFAULT_MAX_LENGTH = 2048
+"""Tokens that a language model takes which does not say: upstream's limit."""
+
 _VIDEO_CROP_SIDE, _VIDEO_SHORT_SIDE = 224, 256
 """valley/util/data_util.py, load_video; both grow with the side that another tower takes."""
 _RESAMPLE_OF_NUMBER: dict[Any, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
@@ -52,24 +55,45 @@ def upstream_processor_config(folder: Path) -> ProcessorConfig:
 
     Raises CheckpointError where its vision tower or the tower's image settings cannot be used.
     """
-    from valley_ray.model.towers import read_tower
+    from valley_ray.model.towers import CHINESE, read_tower
 
     tower = read_tower(folder)
     config: Any = tower.config
-    side, is_chinese = int(config.image_size), "chinese" in tower.name
-    settings = tower.preprocessor or {}
+    side = int(config.image_size)
+    own = tower_processor_config(
+        tower.name,
+        side=side,
+        num_patches=(side // int(config.patch_size)) ** 2,
+        settings=tower.preprocessor,
+        is_chinese=CHINESE in tower.name,
+        max_length=_max_length(folder),
+    )
+    # The form these weights were trained on; `valley` would put end tokens behind earlier answers, which they never saw.
+    return own.model_copy(update={"prompt_style": "upstream-train"})
+
+
+def tower_processor_config(
+    name: str, *, side: int, num_patches: int, settings: dict[str, Any] | None, is_chinese: bool, max_length: int
+) -> ProcessorConfig:
+    """How media are prepared for the tower `name`: videos as upstream does, images as its own image processor.
+
+    Args:
+        side: of the square that the tower takes, pixels.
+        settings: the tower's preprocessor_config.json; None: CLIP's, or ChineseCLIP's where `is_chinese`.
+
+    Raises:
+        CheckpointError: the settings are of a kind that no crop of ours reproduces.
+    """
+    settings = settings or {}
     values: dict[str, Any] = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
     values |= {
-        "num_patches": (side // int(config.patch_size)) ** 2,
+        "num_patches": num_patches,
         "video_crop": Crop(size=side, short_side=round(_VIDEO_SHORT_SIDE * side / _VIDEO_CROP_SIDE)),
-        "image_crop": _image_crop(settings, side=side, stretches=is_chinese, name=tower.name),
+        "image_crop": _image_crop(settings, side=side, stretches=is_chinese, name=name),
         "system_prompt": SYSTEM_PROMPT_CHINESE if is_chinese else SYSTEM_PROMPT_V1,
-        # The form these weights were trained on; `valley` would put end tokens behind earlier answers, which they
-        # never saw.
-        "prompt_style": "upstream-train",
-        "max_length": _max_length(folder),
+        "max_length": max_length,
     }
-    return validate_config(ProcessorConfig, values, source=f"{tower.name}: preprocessor_config.json")
+    return validate_config(ProcessorConfig, values, source=f"{name}: preprocessor_config.json")
 
 
 def _image_crop(settings: dict[str, Any], *, side: int, stretches: bool, name: str) -> Crop:
@@ -94,7 +118,7 @@ def _image_crop(settings: dict[str, Any], *, side: int, stretches: bool, name: s
 
 
 def _max_length(folder: Path) -> int:
-    """The shorter of what the tokenizer and the language model say; 2048 where neither does."""
+    """The shorter of what the tokenizer and the language model say."""
     where = tokenizer_folder(folder)
     said = []
     for path, key in (
@@ -104,7 +128,7 @@ def _max_length(folder: Path) -> int:
     ):
         if path.is_file() and isinstance(value := _read_values(path).get(key), int | float) and value >= 1:
             said.append(int(value))
-    return min(said, default=2048)
+    return min(said, default=DEFAULT_MAX_LENGTH)
 
 
 def _read_values(path: Path) -> dict[str, Any]:
