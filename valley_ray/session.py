@@ -7,6 +7,10 @@ from typing import Any
 
 from valley_ray.errors import ConfigError
 
+OOM_RETRIES_VARIABLE = "RAY_task_oom_retries"
+OOM_RETRIES = 16
+"""How often a task may be killed for the memory of its node and be begun again; Ray's own default is for ever."""
+
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -15,7 +19,8 @@ def connect(*, include_dashboard: bool = True, **options: Any) -> None:
 
     A bare `ray.init()` would join whatever Ray runs on the machine; a process must be pointed at a cluster instead, as
     `ray job submit` does through RAY_ADDRESS. `include_dashboard` counts for a cluster of our own. Ray Train needs it:
-    its state API answers what became of a run.
+    its state API answers what became of a run. A cluster of our own bounds the retries of tasks that are killed for
+    memory; where one is joined, set RAY_task_oom_retries in the environment of its nodes and of the driver.
 
     Raises:
         ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
@@ -26,6 +31,9 @@ def connect(*, include_dashboard: bool = True, **options: Any) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
+        if OOM_RETRIES_VARIABLE not in os.environ:
+            # The environment would be too late: Ray has read it when it was imported.
+            options["_system_config"] = {"task_oom_retries": OOM_RETRIES, **(options.get("_system_config") or {})}
         ray.init(address="local", include_dashboard=include_dashboard, **options)
         return
     _check_reachable(address)
@@ -39,6 +47,8 @@ def quiet_ray_data() -> None:
     """Leave Ray Data's progress bars, but not its plans and progress in words."""
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of bars that are switched off on purpose.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _check_reachable(address: str) -> None:

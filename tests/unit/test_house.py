@@ -89,14 +89,14 @@ def test_every_serve_config_is_valid() -> None:
 
 
 def test_every_job_config_is_valid() -> None:
+    from valley_ray.data.config import PipelineConfig, PrepareConfig
     from valley_ray.data.download.config import DownloadConfig
-    from valley_ray.data.pipeline import PipelineConfig
     from valley_ray.train.config import TrainConfig
 
     paths = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
     for path in paths:
-        if path.name == "download.yaml":
-            load_config(DownloadConfig, path)
+        if path.name in ("download.yaml", "prepare.yaml"):
+            load_config(DownloadConfig if path.name == "download.yaml" else PrepareConfig, path)
             continue
         config = load_config(TrainConfig, path)
         if config.data.pipeline is not None:

@@ -1,12 +1,15 @@
 """What a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from valley_ray.config import Config
+from valley_ray.data.sources.config import SourceConfig
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.decode import Backend
+from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
 
@@ -51,3 +54,53 @@ class PipelineConfig(DecodeSettings):
     """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
     window_size: int = Field(default=256, ge=1)
     """Samples per window. Trainers start after the first one."""
+
+
+class PrepareConfig(DecodeSettings):
+    """Sources of clips and samples → a folder of shards, tables and windows."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Record files and folders of media, one after the other."""
+    output: Path
+    """Folder that is written, or added to: what it holds of the same clips is not decoded again. On a file system that
+    all nodes share."""
+    model: Path | None = None
+    """Model folder whose processor crops and tokenizes; None: no windows, only decoded clips."""
+    video_crop: Crop | None = None
+    """Cut of video frames where there is no model; None: short side 256, centre 224 (upstream)."""
+    image_crop: Crop | None = None
+    """Cut of images where there is no model; None: CLIP's, 224."""
+    seed: int | None = Field(default=None, ge=0)
+    """Shuffles the samples in each source; None: the order of the files. Sources are mixed by their weights."""
+    window_size: int = Field(default=256, ge=1)
+    """Samples per window."""
+    retry_failed: bool = False
+    """Decode clips again that an earlier run could not decode: after a net was down, or with more time or memory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model is not None and (self.video_crop is not None or self.image_crop is not None):
+            raise ValueError("video_crop and image_crop are the model's own where there is a model; leave them out")
+        return self
+
+    def under(self, root: Path) -> Self:
+        """The same with absolute paths: a relative output below `root`, inputs too unless they exist as given."""
+        sources = tuple(
+            source.model_copy(
+                update={
+                    "path": _input(root, source.path),
+                    "media_root": source.media_root and _input(root, source.media_root),
+                    "companion": source.companion and _input(root, source.companion),
+                }
+            )
+            for source in self.sources
+        )
+        model = Path(_input(root, str(self.model))) if self.model is not None else None
+        return self.model_copy(update={"sources": sources, "output": root / self.output, "model": model})
+
+
+def _input(root: Path, locator: str) -> str:
+    if "://" in locator:
+        return locator
+    path = Path(locator).expanduser()
+    return str(path.absolute() if path.exists() else root / path)

@@ -9,15 +9,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import pyarrow as pa
+import ray
 
 from valley_ray.data.config import DecodeSettings
 from valley_ray.data.execution import decode_blocks
+from valley_ray.data.metrics import DecodeMetrics
 from valley_ray.data.stages import DecodeStage, decoder_version
 from valley_ray.data.windows import Outcome, PlannedWindow, blocks_of, decode_fingerprint
 from valley_ray.media.sampling import FrameSampling
 
 if TYPE_CHECKING:
     from valley_ray.processor import ProcessorConfig
+
+BLOCKS_PER_CPU = 4
+SMALLEST_BLOCK = 4
+"""Clips per task that are worth a task."""
 
 OnOutcomes = Callable[[Sequence[Outcome]], None]
 """Called with each block's new outcomes, on the thread that waits."""
@@ -44,16 +50,18 @@ class Decoding:
     ) -> None:
         self.outcomes = known
         self.num_known = len(known)
-        blocks = [block for window in windows for block in blocks_of(window, clips, known, settings.block_size)]
+        size = _block_size(clips.num_rows - len(known), settings)
+        blocks = [block for window in windows for block in blocks_of(window, clips, known, size)]
         self.num_blocks = len(blocks)
         self._on_outcomes = on_outcomes
+        self._metrics = DecodeMetrics(sum(block.num_rows for block in blocks))
         self._arriving = decode_blocks(
             blocks,
             stage,
             num_cpus=settings.decode_cpus,
             max_tasks=settings.max_decode_tasks,
             retries=settings.task_retries,
-            block_size=settings.block_size,
+            block_size=size,
         )
 
     def __enter__(self) -> Self:
@@ -87,8 +95,16 @@ class Decoding:
         # A block that Ray ran again, after its first result was lost, may come twice.
         new = [outcome for outcome in block if outcome["clip_id"] not in self.outcomes]
         self.outcomes.update((outcome["clip_id"], outcome) for outcome in new)
+        self._metrics.count(new)
         if self._on_outcomes is not None:
             self._on_outcomes(new)
+
+
+def _block_size(num_clips: int, settings: DecodeSettings) -> int:
+    """Smaller blocks where there are too few clips to keep every CPU busy with several whole ones."""
+    num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    share = -(-num_clips // (BLOCKS_PER_CPU * num_cpus))
+    return min(settings.block_size, max(SMALLEST_BLOCK, share))
 
 
 def decode_stage(

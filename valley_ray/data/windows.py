@@ -107,6 +107,7 @@ def open_store(directory: Path, info: StoreInfo) -> WindowStore:
     Raises:
         DataError: the folder holds a store that was made of something else; the message names what differs.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     store = WindowStore(directory)
     found = store.info()
     if found is None:

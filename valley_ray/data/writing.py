@@ -48,11 +48,13 @@ def make_plan(
     decoder: Backend,
     window_size: int,
     shards_dir: str,
+    again: str = "",
 ) -> Plan:
     """Cut `order` (int64 [N], rows of `samples`) into windows; the plan's fingerprint follows all that is in them.
 
     Args:
         shards_dir: relative to the folder of the windows, see `StoreInfo`.
+        again: not empty where clips are decoded again, which may make other windows of the same things.
     """
     parts = {
         "processor": processor.fingerprint,
@@ -62,6 +64,7 @@ def make_plan(
         "order": fingerprint({"order": order.tobytes().hex()}),
         "window_size": str(window_size),
     }
+    parts |= {"again": again} if again else {}
     windows = plan_windows(clips, samples, order, window_size)
     info = StoreInfo(fingerprint(parts), parts, samples.num_rows, window_size, len(windows), shards_dir)
     return Plan(processor, sampling, clips, samples, windows, info)

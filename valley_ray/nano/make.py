@@ -72,15 +72,20 @@ def write_clips(data_root: Path, split: Split, stems: Iterable[str]) -> None:
         write_scene(data_root / clip_name(split, stem), split.scene(stem))
 
 
+def make_clips(data_root: Path, world: WorldConfig, *, say: Callable[[str], None]) -> None:
+    """Make in one process the clips and their record files in `data_root`, if they are missing."""
+    if (data_root / "train.json").is_file():
+        return
+    say(f"making clips in {data_root}")
+    for split in (world.train, world.held_out):
+        (data_root / split.name).mkdir(parents=True, exist_ok=True)
+        write_clips(data_root, split, [stem for stem, _ in split.scenes()])
+    write_record_files(data_root, world)
+
+
 def make_world(root: Path, world: WorldConfig, nano: NanoConfig, *, say: Callable[[str], None]) -> None:
     """Make in one process whatever is missing of clips, records and backbones under `root`; `say` gets a line each."""
-    data_root = root / "data"
-    if not (data_root / "train.json").is_file():
-        say(f"making clips in {data_root}")
-        for split in (world.train, world.held_out):
-            (data_root / split.name).mkdir(parents=True, exist_ok=True)
-            write_clips(data_root, split, [stem for stem, _ in split.scenes()])
-        write_record_files(data_root, world)
+    make_clips(root / "data", world, say=say)
     if not (root / "backbones" / "config.json").is_file():
         say(f"training the backbones in {root / 'backbones'} (about a minute)")
         make_backbones(root / "backbones", nano, on_progress=_line_every(200, say))

@@ -1,0 +1,89 @@
+"""Which files hold equal bytes: digests where they can matter, and the rows that repeat an earlier one.
+
+Only files whose size another file has are read: others cannot be equal. Bytes that were read anyway, over the net, have
+their digest already. Folders of frames have none, so they equal nothing here.
+"""
+
+import hashlib
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from valley_ray.data.schema import CLIPS_SCHEMA, uris_of
+
+DIGEST_BYTES = 16
+FILES_PER_TASK = 64
+TASKS_AHEAD = 64
+"""Tasks that are handed to Ray before the first result is waited for."""
+
+
+def with_digests(clips: pa.Table, earlier: pa.Table, *, num_cpus: float) -> pa.Table:
+    """`clips` (CLIPS_SCHEMA) with content_digest where its bytes may equal another row's; needs a connected Ray.
+
+    Args:
+        earlier: a former ledger; what it knows of the same files is not read again.
+        num_cpus: what a task that reads files reserves.
+    """
+    rows = clips.select(["clip_id", "kind", "uri", "etag", "size_bytes", "content_digest"]).to_pylist()
+    known = {
+        (row["uri"], row["etag"], row["size_bytes"]): row["content_digest"]
+        for row in [*earlier.select(["uri", "etag", "size_bytes", "content_digest"]).to_pylist(), *rows]
+        if row["content_digest"]
+    }
+    uris_of_size: dict[int | None, set[str]] = {}
+    for row in rows:
+        if row["kind"] != "frames":
+            uris_of_size.setdefault(row["size_bytes"], set()).add(row["uri"])
+    wanted = {
+        (row["uri"], row["etag"], row["size_bytes"]): uris_of(row["kind"], row["uri"])
+        for row in rows
+        if row["kind"] != "frames" and row["size_bytes"] is not None and len(uris_of_size[row["size_bytes"]]) > 1
+    }
+    missing = [key for key in wanted if key not in known and not any("://" in uri for uri in wanted[key])]
+    known.update(zip(missing, _digests([wanted[key] for key in missing], num_cpus=num_cpus), strict=True))
+    digests = [known.get((row["uri"], row["etag"], row["size_bytes"]), "") for row in rows]
+    column = CLIPS_SCHEMA.get_field_index("content_digest")
+    return clips.set_column(column, "content_digest", pa.array(digests, pa.string()))
+
+
+def num_repeated_contents(clips: pa.Table) -> int:
+    """Rows that show the same bytes as an earlier row: one digest, one window."""
+    known = clips.filter(pc.not_equal(pc.fill_null(clips["content_digest"], ""), ""))
+    groups = known.group_by(["content_digest", "start_s", "end_s"]).aggregate([([], "count_all")])
+    return int(known.num_rows - groups.num_rows)
+
+
+def _digests(files: Sequence[Sequence[str]], *, num_cpus: float) -> list[str]:
+    """A digest per entry, each of one or more files; in order, in Ray tasks."""
+    read = ray.remote(num_cpus=num_cpus)(_digests_here)
+    parts = (files[first : first + FILES_PER_TASK] for first in range(0, len(files), FILES_PER_TASK))
+    return [digest for part in _in_order(read.remote(part) for part in parts) for digest in part]
+
+
+def _in_order(results: Iterable["ray.ObjectRef[list[str]]"]) -> Generator[list[str], None, None]:
+    waiting: list[ray.ObjectRef[list[str]]] = []
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > TASKS_AHEAD:
+            yield ray.get(waiting.pop(0))
+    yield from ray.get(waiting)
+
+
+def _digests_here(files: Sequence[Sequence[str]]) -> list[str]:
+    return [_digest_of(paths) for paths in files]
+
+
+def _digest_of(paths: Sequence[str]) -> str:
+    """Hex digest of the files' bytes; empty where they cannot be read."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    try:
+        for path in paths:
+            with Path(path).open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+    except OSError:
+        return ""
+    return digest.hexdigest()

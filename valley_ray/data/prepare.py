@@ -1,0 +1,293 @@
+"""Sources → a prepared data set in one folder, in which every row is accounted for.
+
+    catalog/      what the sources hold (sources/catalog.py)
+    shards/       decoded clips (frame_store.py); any later run over the same clips takes them from here
+    windows/ID/   tokenized samples for training, where a model is given; a folder for each plan (shards.py)
+    clips/        the ledger: a row per clip, what came of it and where its frames lie (CLIPS_SCHEMA, Parquet)
+    samples/      a row per sample (SAMPLES_SCHEMA, Parquet)
+    summary.json  PrepareSummary
+    report.html   the same to look at
+
+A run that was stopped is gone on with by running it again. Needs a connected Ray.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from valley_ray.data.commit import exclusive, write_json
+from valley_ray.data.config import PrepareConfig
+from valley_ray.data.decoding import Decoding, decode_stage
+from valley_ray.data.digests import num_repeated_contents, with_digests
+from valley_ray.data.frame_store import read_json
+from valley_ray.data.metrics import DecodeProgress
+from valley_ray.data.report import write_report
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, PENDING, SAMPLES_SCHEMA
+from valley_ray.data.shards import WindowStore
+from valley_ray.data.sources import mixing_order, read_catalog, write_catalog
+from valley_ray.data.windows import (
+    Outcome,
+    known_outcomes,
+    ledger,
+    open_store,
+    plan_windows,
+    remove_leftovers,
+    rest_window,
+)
+from valley_ray.data.writing import Plan, make_plan, write_windows
+from valley_ray.media.preprocess import check_one_size
+from valley_ray.media.sampling import FrameSampling
+
+if TYPE_CHECKING:
+    from valley_ray.processor import ProcessorConfig, ValleyProcessor
+
+CATALOG_DIR, SHARDS_DIR, WINDOWS_DIR, CLIPS_DIR, SAMPLES_DIR = "catalog", "shards", "windows", "clips", "samples"
+SUMMARY_FILE, REPORT_FILE, RETRIED_FILE = "summary.json", "report.html", "retried.json"
+ROWS_PER_FILE = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSummary:
+    """What a folder holds. Rows are clips: `rows_in` = `ok` + `failed` always."""
+
+    rows_in: int
+    ok: int
+    failed: int
+    duplicates: int
+    """Rows with the bytes and the window of an earlier row; they are in ok or failed too."""
+    repeated_rows: int
+    """Rows of the ledger that name a clip, or a place in a shard, a second time: 0 unless something is broken."""
+    by_error_class: dict[str, int]
+    """Failed clips by class."""
+    samples_in: int
+    samples_ok: int
+    """Samples that can be trained on: all of their clips are ok, and their text too where a model was given."""
+    samples_failed: int
+    samples_by_error_class: dict[str, int]
+    clips_decoded: int
+    """Clips that this run decoded or tried to; the others were there."""
+    windows_dir: str | None
+    """Store for training (`data.windows_dir` in mode shards), relative to the folder; None without a model."""
+    num_windows: int
+    seconds: float
+
+    def text(self, output: Path) -> str:
+        """The lines that a user reads; `output` is the folder."""
+        classes = ", ".join(f"{name} {count}" for name, count in self.by_error_class.items())
+        train = f"train    data.mode=shards data.windows_dir={output / self.windows_dir}\n" if self.windows_dir else ""
+        return (
+            f"clips    {self.rows_in:,}: {self.ok:,} ok, {self.failed:,} failed{f' ({classes})' if classes else ''}\n"
+            f"         {self.duplicates:,} with the content of another; {self.clips_decoded:,} decoded in this run\n"
+            f"samples  {self.samples_in:,}: {self.samples_ok:,} ok, {self.samples_failed:,} failed\n{train}"
+            f"summary  {output / SUMMARY_FILE}\nreport   {output / REPORT_FILE}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the first clip is decoded."""
+
+    config: PrepareConfig
+    output: Path
+    clips: pa.Table
+    samples: pa.Table
+    order: np.ndarray[Any, np.dtype[np.int64]]
+    processing: "ProcessorConfig"
+    processor: "ValleyProcessor | None"
+    sampling: FrameSampling
+
+
+def prepare(config: PrepareConfig) -> PrepareSummary:
+    """Decode every clip of the sources into `config.output`, tokenize their samples where a model is given.
+
+    Progress goes to stderr and to the metrics of Ray's dashboard.
+
+    Raises:
+        DataError: a source cannot be read or is empty, or another run writes to the folder.
+        CheckpointError: the model folder's processor cannot be opened.
+        ConfigError: the video decoder is not installed, or the crops give frames of many sizes.
+        StorageError: the disk is full or cannot be written.
+    """
+    start = time.perf_counter()
+    output = config.output.absolute()
+    with exclusive(output, setting="output"), exclusive(output / SHARDS_DIR, setting="output"):
+        job = _read(config, output)
+        outcomes, num_decoded, plan = _decode(job)
+        clips = ledger(job.clips, outcomes, job.sampling.key)
+        clips = with_digests(clips, _earlier_ledger(output), num_cpus=config.decode_cpus)
+        samples = _samples(job, outcomes, plan)
+        _replace_tables(output / CLIPS_DIR, clips)
+        _replace_tables(output / SAMPLES_DIR, samples)
+        windows_dir = _windows_dir(plan) if plan is not None else None
+        summary = PrepareSummary(
+            **_counts(clips, read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)),
+            **{f"samples_{name}": value for name, value in _by_status(samples).items()},
+            clips_decoded=num_decoded,
+            windows_dir=windows_dir,
+            num_windows=len(plan.windows) if plan is not None else 0,
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        assert summary.rows_in == job.clips.num_rows == summary.ok + summary.failed, f"rows lost: {summary}"
+        write_report(clips, samples, output / SHARDS_DIR, output / REPORT_FILE, title=output.name)
+        write_json(output / SUMMARY_FILE, dataclasses.asdict(summary))
+    return summary
+
+
+def read_tables(directory: Path, schema: pa.Schema) -> pa.Table:
+    """The rows of all Parquet files of a folder, in the order of their names; none where there is no folder."""
+    parts = [pq.read_table(path, schema=schema) for path in sorted(directory.glob("*.parquet"))]
+    return pa.concat_tables([schema.empty_table(), *parts])
+
+
+def _read(config: PrepareConfig, output: Path) -> _Job:
+    processing, processor = _processing(config)
+    check_one_size(video_crop=processing.video_crop, image_crop=processing.image_crop)
+    catalog = write_catalog(config.sources, output / CATALOG_DIR)
+    clips, samples = read_catalog(output / CATALOG_DIR)
+    counts = [source.num_samples for source in catalog.sources]
+    order = mixing_order([source.weight for source in catalog.sources], counts, config.seed)
+    sampling = config.sampling if config.sampling is not None else processing.sampling
+    return _Job(config, output, clips, samples, order, processing, processor, sampling)
+
+
+def _processing(config: PrepareConfig) -> tuple["ProcessorConfig", "ValleyProcessor | None"]:
+    """How clips are cut: as the model's processor does, or as the configuration says."""
+    from valley_ray.processor import ProcessorConfig, ValleyProcessor
+
+    if config.model is not None:
+        processor = ValleyProcessor.from_pretrained(config.model)
+        return processor.config, processor
+    crops = {"video_crop": config.video_crop, "image_crop": config.image_crop}
+    given = {name: crop for name, crop in crops.items() if crop is not None}
+    return ProcessorConfig(num_patches=1).model_copy(update=given), None
+
+
+def _decode(job: _Job) -> tuple[dict[str, Outcome], int, Plan | None]:
+    """The outcomes of all clips, how many of them are this run's, and the plan of the windows that it committed."""
+    config, shards_dir = job.config, job.output / SHARDS_DIR
+    again = _again(shards_dir / RETRIED_FILE, config.retry_failed)
+    plan = _plan(job, again) if job.processor is not None else None
+    windows = plan.windows if plan is not None else plan_windows(job.clips, job.samples, job.order, config.window_size)
+    remove_leftovers(shards_dir)
+    stage = decode_stage(config, shards_dir, processing=job.processing, sampling=job.sampling, again=again)
+    known = known_outcomes(shards_dir, job.clips, stage.fingerprint)
+    if config.retry_failed:
+        known = {clip_id: outcome for clip_id, outcome in known.items() if outcome["status"] == OK}
+    progress = DecodeProgress(job.clips.num_rows, len(known))
+    all_windows = [*windows, rest_window(windows, job.clips)]
+    with (
+        contextlib.closing(progress),
+        Decoding(job.clips, all_windows, known, stage=stage, settings=config, on_outcomes=progress.count) as decoding,
+    ):
+        if plan is not None:
+            write_windows(plan, open_store(job.output / _windows_dir(plan), plan.info), decoding)
+        decoding.finish()
+    return decoding.outcomes, decoding.num_decoded, plan
+
+
+def _again(path: Path, retry_failed: bool) -> str:
+    """Names the latest run that decoded failed clips again: windows from before it still call them failed."""
+    if retry_failed:
+        write_json(path, {"run": uuid.uuid4().hex})
+    return str(read_json(path)["run"]) if path.exists() else ""
+
+
+def _plan(job: _Job, again: str) -> Plan:
+    assert job.processor is not None, "only a model's processor tokenizes"
+    return make_plan(
+        job.clips,
+        job.samples,
+        job.order,
+        processor=job.processor,
+        sampling=job.sampling,
+        decoder=job.config.video_decoder,
+        window_size=job.config.window_size,
+        shards_dir=os.path.join("..", "..", SHARDS_DIR),
+        again=again,
+    )
+
+
+def _windows_dir(plan: Plan) -> str:
+    return f"{WINDOWS_DIR}/{plan.info.fingerprint[:12]}"
+
+
+def _samples(job: _Job, outcomes: Mapping[str, Outcome], plan: Plan | None) -> pa.Table:
+    """The samples table with what came of each."""
+    names = ["num_tokens", "status", "error_class", "error"]
+    rows = job.samples.select(["sample_id", "clip_ids", *names]).to_pylist()
+    if plan is not None:
+        made = _tokenized(WindowStore(job.output / _windows_dir(plan)), names)
+        rows = [made[row["sample_id"]] for row in rows]
+    else:
+        rows = [row | _status_of(row, outcomes) for row in rows]
+    table = job.samples
+    for name in names:
+        field = SAMPLES_SCHEMA.field(name)
+        column = pa.array([row[name] for row in rows], field.type)
+        table = table.set_column(SAMPLES_SCHEMA.get_field_index(name), field, column)
+    return table
+
+
+def _tokenized(store: WindowStore, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the windows say about each sample."""
+    tables = (store.read(manifest).table.select(["sample_id", *names]) for manifest in store.committed())
+    return {row["sample_id"]: row for table in tables for row in table.to_pylist()}
+
+
+def _status_of(sample: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What comes of a sample by its clips alone."""
+    if sample["status"] != PENDING:
+        return {}
+    bad = next((outcomes[one] for one in sample["clip_ids"] if outcomes[one]["status"] != OK), None)
+    return {"status": OK} if bad is None else {name: bad[name] for name in ("status", "error_class", "error")}
+
+
+def _earlier_ledger(output: Path) -> pa.Table:
+    return read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)
+
+
+def _replace_tables(directory: Path, table: pa.Table) -> None:
+    """Put `table` into a folder of Parquet files, in place of what it holds."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for first in range(0, max(1, table.num_rows), ROWS_PER_FILE):
+        path = temporary / f"part-{first // ROWS_PER_FILE:05d}.parquet"
+        pq.write_table(table.slice(first, ROWS_PER_FILE), path)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def _by_status(table: pa.Table) -> dict[str, Any]:
+    failed = table.filter(pc.equal(table["status"], FAILED))
+    classes = collections.Counter(failed["error_class"].to_pylist())
+    return {
+        "in": table.num_rows,
+        "ok": pc.sum(pc.equal(table["status"], OK)).as_py() or 0,
+        "failed": failed.num_rows,
+        "by_error_class": dict(classes.most_common()),
+    }
+
+
+def _counts(clips: pa.Table, written: pa.Table) -> dict[str, Any]:
+    """Counts of the ledger, as it can be read back."""
+    counts = _by_status(written)
+    distinct = (written.group_by(columns).aggregate([]).num_rows for columns in (["clip_id"], ["shard", "row"]))
+    return {
+        "rows_in": counts.pop("in"),
+        **counts,
+        "duplicates": num_repeated_contents(clips),
+        "repeated_rows": written.num_rows - min(distinct),
+    }
