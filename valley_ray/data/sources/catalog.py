@@ -25,6 +25,7 @@ from valley_ray.data.commit import write_json
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, SAMPLES_SCHEMA
 from valley_ray.data.sources.config import SourceConfig
 from valley_ray.data.sources.files import last_part, normalized, shown
+from valley_ray.data.sources.media import printable
 from valley_ray.data.sources.registry import open_source
 from valley_ray.data.sources.rows import CatalogRow
 from valley_ray.errors import DataError, StorageError
@@ -247,7 +248,7 @@ def _names(sources: Sequence[SourceConfig]) -> Iterator[str]:
     for config in sources:
         name = config.name
         if name is None:
-            plain = last_part(normalized(config.path))
+            plain = printable(last_part(normalized(config.path)))
             name = next(one for one in _numbered(plain) if one not in taken)
             taken.add(name)
         yield name

@@ -21,6 +21,8 @@ CHUNK_BYTES = 1 << 18
 MAX_LINE_BYTES = 64 << 20
 """Longest line of a text file; a longer one is no line of records."""
 
+_STALL_TIMEOUT_S = 60.0
+"""Seconds without a byte before a web server is given up."""
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs")
 """File systems that pyarrow brings along; the others are fsspec's."""
 
@@ -53,8 +55,8 @@ def shown(path: str) -> str:
 
 def last_part(path: str) -> str:
     """Name of the file or folder, without what leads to it."""
-    parts = shown(path).rstrip("/").rpartition("/")
-    return parts[2] or shown(path)
+    name = shown(path).rstrip("/").rpartition("/")[2]
+    return name if is_url(path) or name not in ("", ".", "..") else os.path.basename(os.path.abspath(path)) or "/"
 
 
 def ending(path: str) -> str:
@@ -98,7 +100,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         if url.partition("://")[0].lower() in _ARROW_SCHEMES:
             filesystem, path = FileSystem.from_uri(url)
             return ArrowFSWrapper(filesystem), path
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(url, **(_web_options() if is_web(url) else {}))
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
         raise _unreadable(url, error) from error
     return filesystem, path
@@ -200,6 +202,14 @@ def reading(path: str) -> Iterator[None]:
         if type(error).__module__.partition(".")[0] != "aiohttp":
             raise
         raise _unreadable(path, error) from error
+
+
+def _web_options() -> dict[str, Any]:
+    """aiohttp gives up after five minutes, however well a download goes on."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALL_TIMEOUT_S, sock_read=_STALL_TIMEOUT_S)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _open(path: str) -> Any:

@@ -19,6 +19,9 @@ MAX_RECORD_CHARS = 64 << 20
 _CUT_CHARS = 16
 """An error this close to the end of the window may be a token that goes on: an escaped surrogate pair has 12."""
 
+_ENDS = (",", "]", " ", "\n", "\r", "\t")
+"""What may follow a record."""
+
 _SPACE = re.compile(r"[ \t\n\r]*")
 _KINDS = {"{": "an object", '"': "a text", "": "an empty file"}
 
@@ -34,6 +37,7 @@ def read_json_list(path: str) -> Iterator[Any]:
         kind = _KINDS.get(window.next_char(), "a number or a word")
         if window.next_char():
             window.value()
+            kind = "JSON lines, whose files end in .jsonl" if window.next_char() else kind
         raise DataError(f"records {shown(path)} must be a JSON list of records, got {kind}")
     window.skip()
     if window.next_char() == "]":
@@ -123,9 +127,11 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise self.invalid(f"{_reason(error)}, in the record that begins there") from error
             else:
-                # What ends with the window may be the first digits of a number.
-                if end < len(self._text) or not self._grow():
-                    self._position = end
+                # Near the end of the window, a number may go on: 1, 1.5 and 1.5e3 are all whole.
+                num_taken = end - self._position
+                is_whole = self._text[end : end + 1] in _ENDS or len(self._text) - end > _CUT_CHARS
+                if (is_whole and end < len(self._text)) or not self._grow():
+                    self._position += num_taken
                     return value
 
     def invalid(self, reason: str, position: int | None = None) -> DataError:
@@ -148,7 +154,8 @@ class _Window:
         self._num_forgotten += len(self._text[: self._position].encode("utf-8"))
         parts = [kept]
         wanted = max(CHUNK_BYTES, len(kept))
-        while wanted > 0 and not self._is_at_end:
+        # Bytes that are only the beginning of a character give no text yet.
+        while (wanted > 0 or not any(parts[1:])) and not self._is_at_end:
             chunk = next(self._chunks, b"")
             self._is_at_end = not chunk
             parts.append(decode(self._decoder, chunk, offset=self._num_read, name=self._name, final=not chunk))

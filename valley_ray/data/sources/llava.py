@@ -39,4 +39,4 @@ def _with_video(record: dict[str, Any]) -> dict[str, Any]:
     """Valley-Instruct names a file in `video`; where that is missing, its id stands for it."""
     if record.get("video") is not None or record.get("image") is not None:
         return record
-    return record | {"video": next(str(record[key]) for key in VIDEO_ID_KEYS if key in record)}
+    return record | {"video": str(next(record[key] for key in VIDEO_ID_KEYS if key in record))}

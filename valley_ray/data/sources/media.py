@@ -11,7 +11,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-from valley_ray.data.schema import CLIPS_SCHEMA, PENDING, uris_of
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, PENDING, uris_of
 from valley_ray.data.sources.files import (
     ending,
     filesystem_of,
@@ -23,7 +23,7 @@ from valley_ray.data.sources.files import (
     reading,
     shown,
 )
-from valley_ray.errors import DataError
+from valley_ray.errors import DataError, ValleyError
 
 DEFAULT_FOLDER = "webvid"
 """Where upstream looks for a video whose record names no `source`."""
@@ -42,6 +42,8 @@ _LISTED_NAMES = 10_000
 """Folders of more entries are not listed: there a look at the one file is cheaper than memory for all names."""
 _KEPT_NAMES = 200_000
 """Names of listed folders that are kept in memory, all folders together."""
+_FOLDER_COST = 10
+"""Names that the memory for an empty folder would hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,17 @@ def clip_id(kind: str, uri: str, start_s: float | None, end_s: float | None) -> 
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
+def failed_clip(uri: str, error: ValleyError) -> dict[str, Any]:
+    """The row of media that cannot be used because of `error`; `uri` says which."""
+    uri = printable(uri)
+    return make_row("video", uri, [], error=printable(str(error))) | {"status": FAILED, "error_class": error.code}
+
+
+def printable(text: str) -> str:
+    """`text`, with escapes in place of what no table can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class Media:
     """The files below a media root, looked up with few system calls.
 
@@ -154,8 +167,9 @@ class Media:
     """
 
     def __init__(self, root: str) -> None:
+        """Raises DataError where the root's name is not valid Unicode: no table could hold the paths below it."""
         root = normalized(root)
-        self.root = root if is_url(root) else os.path.abspath(root)
+        self.root = encodable(root if is_url(root) else os.path.abspath(root), "media_root")
         self.find = functools.lru_cache(maxsize=8192)(self._find)
         """`_find`, which remembers the last answers: records on one video often follow each other."""
         self._local: OrderedDict[str, frozenset[str] | None] = OrderedDict()
@@ -209,10 +223,10 @@ class Media:
             self._local.move_to_end(folder)
             return self._local[folder]
         names = self._local[folder] = _list(folder)
-        self._num_kept += len(names or ())
+        self._num_kept += _FOLDER_COST + len(names or ())
         while self._num_kept > _KEPT_NAMES:
             _, forgotten = self._local.popitem(last=False)
-            self._num_kept -= len(forgotten or ())
+            self._num_kept -= _FOLDER_COST + len(forgotten or ())
         return names
 
     def _listed(self, folder: str) -> dict[str, Found]:

@@ -111,12 +111,13 @@ def _fitting(record: Mapping[str, Any], path: str) -> list[FormatName]:
 
 
 def _question_sets(record: Mapping[str, Any], path: str) -> list[FormatName]:
-    """MSRVTT-QA alone has categories; else the path has to say which set it is, unless the file is named anyway."""
+    """MSRVTT-QA alone has categories; else the path has to say which set it is; its last parts count more."""
     if "category_id" in record:
         return ["msrvtt-qa"]
-    lowered = path.lower().replace("-", "").replace("_", "")
-    named: list[FormatName] = [name for name in ("msvd-qa", "msrvtt-qa") if name.split("-")[0] in lowered]
-    return named or ["msvd-qa", "msrvtt-qa"]
+    for part in reversed(path.lower().replace("-", "").replace("_", "").split("/")):
+        if ("msvd" in part) != ("msrvtt" in part):
+            return ["msvd-qa" if "msvd" in part else "msrvtt-qa"]
+    return ["msvd-qa", "msrvtt-qa"]
 
 
 def _unknown(path: str, seen: str) -> DataError:

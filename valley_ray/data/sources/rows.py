@@ -9,7 +9,7 @@ from typing import Any
 
 from valley_ray.chat.conversation import MEDIA_MARK, Conversation, from_valley_record
 from valley_ray.data.schema import FAILED, PENDING
-from valley_ray.data.sources.media import Media, encodable
+from valley_ray.data.sources.media import Media, encodable, printable
 from valley_ray.errors import ConversationError, DataError, ValleyError
 
 MEDIA_KEYS = ("image", "video")
@@ -69,33 +69,29 @@ def sample_of(
     return CatalogRow(_sample(sample_id, source, [clip["clip_id"] for clip in clips], turns), clips)
 
 
-def question_row(
-    question: Any, answer: Any, *, sample_id: str, source: str, clip: Callable[[], dict[str, Any]]
-) -> CatalogRow:
-    """The row of a question about one video, and its answer; `clip` may raise a ValleyError, which fails the row."""
+def question_row(question: Any, answer: Any, *, sample_id: str, source: str, clip: dict[str, Any]) -> CatalogRow:
+    """The row of a question about one video, and its answer; failed where one of them has no words."""
     try:
-        encodable(sample_id, "id")
         turns = [
             {"role": "user", "content": f"<video>\n{_words(question, 'question')}", "speaker": "human"},
             {"role": "assistant", "content": _words(answer, "answer"), "speaker": "gpt"},
         ]
-        row = clip()
     except ValleyError as error:
         return failed(sample_id, source, error)
-    return CatalogRow(_sample(sample_id, source, [row["clip_id"]], turns), (row,))
+    return CatalogRow(_sample(sample_id, source, [clip["clip_id"]], turns), (clip,))
 
 
 def failed(sample_id: str, source: str, error: ValleyError) -> CatalogRow:
     """The row of a record that cannot be used because of `error`."""
-    sample_id = sample_id.encode("utf-8", "backslashreplace").decode("utf-8")
-    row = _sample(sample_id, source, [], []) | {"status": FAILED, "error_class": error.code, "error": str(error)}
-    return CatalogRow(row)
+    reason = {"status": FAILED, "error_class": error.code, "error": printable(str(error))}
+    return CatalogRow(_sample(printable(sample_id), source, [], []) | reason)
 
 
 def id_text(value: Any, key: str = "id") -> str:
     """An id as text; raises DataError for anything but text and whole numbers."""
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise DataError(f"a record needs an '{key}' (text or number), got {value!r:.80}")
+        wanted = "a record needs an 'id'" if key == "id" else f"'{key}' must be an id"
+        raise DataError(f"{wanted} (text or number), got {value!r:.80}")
     return encodable(str(value), key)
 
 

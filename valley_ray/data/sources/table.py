@@ -28,7 +28,7 @@ from valley_ray.data.sources.files import (
 )
 from valley_ray.data.sources.json_text import read_json_lines
 from valley_ray.data.sources.llava import conversation_row
-from valley_ray.data.sources.media import IMAGE_ENDINGS, clip_id
+from valley_ray.data.sources.media import IMAGE_ENDINGS, clip_id, failed_clip
 from valley_ray.data.sources.rows import CatalogRow, Source, failed, file_names, id_text, sample_of
 from valley_ray.data.sources.valley_instruct import VIDEO_ID_KEYS
 from valley_ray.data.sources.videochat import QA_KEY
@@ -109,14 +109,14 @@ def _check_columns(names: Sequence[str], path: str) -> None:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise DataError(f"{shown(path)}: column {repeated[0]!r} is there twice")
-    if not set(names) & {*_MEDIA, "question", "conversations", QA_KEY}:
-        raise DataError(
-            f"{shown(path)}: got the columns {', '.join(names)[:200]}; expected some of {', '.join(COLUMNS)}"
-        )
+    if not set(names) & {*_MEDIA, "conversations", *VIDEO_ID_KEYS, QA_KEY}:
+        came, known = ", ".join(names)[:200], ", ".join(COLUMNS)
+        raise DataError(f"{shown(path)}: got the columns {came}; expected some of {known}, a file among them")
 
 
 def _row(record: Any, row: int, source: Source) -> CatalogRow:
     fallback_id = source.default_id(row)
+    has_words = isinstance(record, dict) and any(key in record for key in ("question", "answer", "conversations"))
     if not isinstance(record, dict) or QA_KEY in record or any(record.get(key) for key in VIDEO_ID_KEYS):
         if isinstance(record, _Uneven):
             return failed(fallback_id, source.name, DataError(record.reason))
@@ -130,7 +130,7 @@ def _row(record: Any, row: int, source: Source) -> CatalogRow:
         def locate(kind: str, names: Sequence[str], named: Mapping[str, Any]) -> dict[str, Any]:
             return _cropped(source.media.clip(kind, names, named), window)
 
-        if not any(key in record for key in ("question", "answer", "conversations")):
+        if not has_words:
             if not media:
                 raise DataError(f"a row needs a file in {', '.join(_MEDIA)}, got {record!r:.80}")
             clips = [locate(kind, [name], values) for kind in media for name in file_names(media, kind)]
@@ -138,7 +138,8 @@ def _row(record: Any, row: int, source: Source) -> CatalogRow:
         named = media | {"id": sample_id, "conversations": _turns(values, media)}
         named |= {"source": values["source"]} if "source" in values else {}
     except ValleyError as error:
-        return failed(fallback_id, source.name, error)
+        clip = failed_clip(f"{source.name}: row {row}", error)
+        return failed(fallback_id, source.name, error) if has_words else CatalogRow(None, (clip,))
     return sample_of(named, fallback_id=fallback_id, source=source.name, locate=locate)
 
 
@@ -166,7 +167,9 @@ def _turns(values: Mapping[str, Any], media: Mapping[str, Any]) -> Any:
     question, answer = values.get("question"), values.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str):
         raise DataError(f"a row needs a question and an answer, got {question!r:.60} and {answer!r:.60}")
-    if media and not MEDIA_MARK.search(question):
+    if not media:
+        raise DataError(f"a question needs a file in {', '.join(_MEDIA)}; texts alone go into conversations")
+    if not MEDIA_MARK.search(question):
         marks = "".join(f"<{kind}>\n" for kind in media for _ in file_names(media, kind))
         question = marks + question
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

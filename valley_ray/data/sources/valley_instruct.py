@@ -13,6 +13,7 @@ from typing import Any
 
 from valley_ray.data.sources.files import is_url, join, last_part
 from valley_ray.data.sources.media import Media, make_row, video_folders
+from valley_ray.data.sources.rows import id_text
 from valley_ray.errors import DataError
 
 VIDEO_ID_KEYS = ("v_id", "videoID")
@@ -44,17 +45,15 @@ def windowed_clip(media: Media, kind: str, names: Sequence[str], record: Mapping
         DataError: the id is no text, or its window is empty.
     """
     key = next(key for key in VIDEO_ID_KEYS if key in record)
-    video_id = record[key]
-    if isinstance(video_id, bool) or not isinstance(video_id, str | int):
-        raise DataError(f"'{key}' must be the id of a video, got {video_id!r:.80}")
-    parsed = parse_windowed_id(str(video_id)) if kind == "video" else None
+    video_id = id_text(record[key], key)
+    parsed = parse_windowed_id(video_id) if kind == "video" else None
     if kind != "video" or is_url(names[0]):
         return _with_window(media.clip(kind, names, record), parsed)
     if parsed is None:
-        return _first(media, record, [*_spellings(names[0]), *_named(f"v_{video_id}"), *_named(str(video_id))])
+        return _first(media, record, [*_spellings(names[0]), *_named(f"v_{video_id}"), *_named(video_id)])
     youtube_id, start_s, end_s = parsed
-    carries_window = str(video_id) in names[0]
-    cut = [*(_spellings(names[0]) if carries_window else ()), *_named(str(video_id)), *_named(f"v_{video_id}")]
+    carries_window = video_id in names[0]
+    cut = [*(_spellings(names[0]) if carries_window else ()), *_named(video_id), *_named(f"v_{video_id}")]
     whole = [*(() if carries_window else _spellings(names[0])), *_named(f"v_{youtube_id}"), *_named(youtube_id)]
     return _first(media, record, cut, whole, window=(start_s, end_s))
 

@@ -35,7 +35,7 @@ def read_vatex(source: Source) -> Iterator[CatalogRow]:
                 caption,
                 sample_id=f"{video_id}#{key[:2]}{number}",
                 source=source.name,
-                clip=lambda clip=clip: clip,  # type: ignore[misc]
+                clip=clip,
             )
 
 

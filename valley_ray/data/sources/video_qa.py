@@ -5,7 +5,8 @@ tells which clip a number is (`<clip name> vid<number>` per line), without it th
 Both sets are also passed on with a file name in `video`, `video_name` or `video_id` itself.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -35,7 +36,12 @@ def read_msvd_qa(source: Source) -> Iterator[CatalogRow]:
     yield from _read(source, lambda number: names.get(f"vid{number}", f"vid{number}"))
 
 
-def video_row(source: Source, stems: list[str]) -> dict[str, Any]:
+def video_finder(source: Source) -> Callable[[tuple[str, ...]], dict[str, Any]]:
+    """`_video_row` of file names, which remembers its last answers: questions on one video follow each other."""
+    return functools.lru_cache(maxsize=4096)(functools.partial(_video_row, source))
+
+
+def _video_row(source: Source, stems: tuple[str, ...]) -> dict[str, Any]:
     """The clip row of the first of the file names that is there, in any usual folder and with any usual ending."""
     names = [
         stem + ending
@@ -50,14 +56,15 @@ def video_row(source: Source, stems: list[str]) -> dict[str, Any]:
     return make_row("video", found.uri, [found])
 
 
-def _read(source: Source, name_of: Any) -> Iterator[CatalogRow]:
+def _read(source: Source, name_of: Callable[[str], str]) -> Iterator[CatalogRow]:
+    find = video_finder(source)
     for row, record in enumerate(read_json_list(source.path)):
         sample_id = source.default_id(row)
         try:
             if not isinstance(record, dict):
                 raise DataError(f"a record must be an object with a question, got {type(record).__name__}")
             sample_id = id_text(record["id"]) if record.get("id") is not None else sample_id
-            stem = _video_of(record, name_of)
+            clip = find((_video_of(record, name_of),))
         except ValleyError as error:
             yield failed(sample_id, source.name, error)
             continue
@@ -66,11 +73,11 @@ def _read(source: Source, name_of: Any) -> Iterator[CatalogRow]:
             record.get("answer"),
             sample_id=sample_id,
             source=source.name,
-            clip=lambda stem=stem: video_row(source, [stem]),  # type: ignore[misc]
+            clip=clip,
         )
 
 
-def _video_of(record: Mapping[str, Any], name_of: Any) -> str:
+def _video_of(record: Mapping[str, Any], name_of: Callable[[str], str]) -> str:
     """File name, with or without ending, that a record asks about."""
     key = next((key for key in VIDEO_KEYS if record.get(key) is not None), VIDEO_KEYS[-1])
     text = id_text(record.get(key), key)
