@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from report_tables import (
@@ -19,6 +20,8 @@ from report_tables import (
 )
 
 from valley_ray.data.report import write_report
+from valley_ray.data.report.histograms import bars
+from valley_ray.data.report.markup import duration, quantity, size
 from valley_ray.data.schema import FAILED, PENDING
 
 HOSTILE = [
@@ -115,7 +118,7 @@ def test_histograms_count_what_the_columns_hold(tmp_path: Path) -> None:
         ["200 to 500", "0"],
         ["500 to 1,000", "1"],
     ]
-    assert "18 clips: median 1 s, from 1 s to 15 min 0 s; unknown of 1" in page.words
+    assert "18 clips: median 1 s, from 1 s to 15 min 0 s; 1 unknown" in page.words
     rate = {row[0]: int(row[2]) for row in page.rows("Frame rate: clips by frames per second")}
     assert rate == {"23.98": 4, "24": 3, "25": 6, "29.97": 3}
     sides = {row[0]: int(row[2]) for row in page.rows("Resolution: clips by short side, pixels")}
@@ -125,6 +128,60 @@ def test_histograms_count_what_the_columns_hold(tmp_path: Path) -> None:
     tokens = page.rows("Conversation length in tokens: samples by tokens")
     assert sum(int(row[2]) for row in tokens) == 30
     assert page.rows("Frames kept per clip: clips by frames") == [["8", "", "19"]]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [0.0],
+        [0.0, 0.0],
+        [5.0] * 1000,
+        [0.0, 1.0],
+        [0.0] * 99 + [1e9],
+        [999.9999999999999] * 9 + [1e5],
+        [1e-9, 1e-3, 1e12],
+        [1.0, 1.0 + 2**-52],
+        [10.0**exponent for exponent in range(-3, 9)],
+        [float(number) for number in range(1000)],
+        np.random.default_rng(0).lognormal(2.0, 2.0, 5000).tolist(),
+    ],
+)
+def test_bins_hold_every_value_once_and_are_few(values: list[float], whole: bool) -> None:
+    values = [float(round(value)) for value in values] if whole else values
+    for single in (False, True):
+        found = bars(np.array(values, np.float64), whole=whole, single=single, form=quantity)
+        assert sum(one.count for one in found) == len(values)
+        assert len(found) <= 25
+        assert not found or (found[0].count and found[-1].count)
+        if whole:
+            assert len({one.label for one in found}) == len(found)
+
+
+def test_numbers_are_written_as_one_reads_them() -> None:
+    assert [size(number) for number in (0, 999, 1000, 999_999, 1_500_000, 999_600_000, 5 * 10**15)] == [
+        "0\u00a0B",
+        "999\u00a0B",
+        "1\u00a0kB",
+        "1\u00a0MB",
+        "1.5\u00a0MB",
+        "1\u00a0GB",
+        "5,000\u00a0TB",
+    ]
+    assert [quantity(value) for value in (0, 0.001, 0.25, 23.976, 30.0, 1234.5)] == [
+        "0",
+        "0.001",
+        "0.25",
+        "23.98",
+        "30",
+        "1,234",
+    ]
+    assert [duration(value) for value in (0.5, 61, 3600 * 25)] == [
+        "0.5\u00a0s",
+        "1\u00a0min 1\u00a0s",
+        "25\u00a0h 0\u00a0min",
+    ]
 
 
 def test_empty_tables_make_a_report(tmp_path: Path) -> None:
@@ -207,7 +264,7 @@ def test_frames_and_conversations_of_drawn_rows_are_shown(tmp_path: Path) -> Non
     first = report(tmp_path, clips_table(clips), samples_table(samples))
     assert len(first.of("article")) == 12
     assert len(first.of("img")) == 12 * 8
-    assert "small.json, 100 tokens" in first.words
+    assert "small.json , 100 tokens" in first.words
     assert all(image["alt"] for image in first.of("img"))
     assert [src["src"] for src in report(tmp_path, clips_table(clips), samples_table(samples)).of("img")] == [
         src["src"] for src in first.of("img")

@@ -79,7 +79,7 @@ def _growing_edges(low: float, high: float, *, whole: bool) -> list[float]:
     """1, 2, 5, 10, 20 … from below `low`, six decades at most, to above `high`."""
     top = ceil(log10(high)) if high > 1 else 0
     lowest = max(low, 10.0 ** (top - _MAX_DECADES), 1.0 if whole else 0.0)
-    decades = range(floor(log10(lowest)), top + 1)
+    decades = range(floor(log10(lowest)) - 1, top + 1)  # one more than needed: logarithms are rounded
     series = [step * 10.0**decade for decade in decades for step in _STEPS]
     first = max(index for index, edge in enumerate(series) if edge <= lowest)
     last = min(index for index, edge in enumerate(series) if edge > high)

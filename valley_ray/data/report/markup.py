@@ -55,12 +55,14 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """90 min 12 s as "1 h 30 min"; below a minute in seconds."""
+    """90 min 12 s as "1 h 30 min"; below a minute in seconds. A number and its unit stay on one line."""
     if seconds < 60:
-        return f"{quantity(seconds)} s"
+        return f"{quantity(seconds)}\u00a0s"
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {rest_s} s"
+    if hours:
+        return f"{hours:,}\u00a0h {minutes}\u00a0min"
+    return f"{minutes}\u00a0min {rest_s}\u00a0s"
 
 
 def size(num_bytes: int) -> str:
@@ -68,10 +70,10 @@ def size(num_bytes: int) -> str:
     value, units = float(num_bytes), iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     for larger in units:
-        if value < 1000:
+        if value < 999.5:
             break
         value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}"
+    return f"{value:,.0f}\u00a0{unit}" if value >= 100 else f"{value:.3g}\u00a0{unit}"
 
 
 def table(

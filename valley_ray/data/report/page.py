@@ -69,7 +69,7 @@ def _page(title: str, parts: Mapping[str, str]) -> str:
     anchors = {part: part.lower().replace(" ", "-") for part in parts}
     items = "".join(f'<li><a href="#{anchor}">{part}</a></li>' for part, anchor in anchors.items())
     body = "".join(section(anchors[part], part, content) for part, content in parts.items())
-    heading = text(shorten(title, 200))
+    heading = text(shorten(title, 120))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -92,7 +92,7 @@ def _histogram(
     form: Any = quantity,
 ) -> str:
     known = binning.finite(values)
-    note = "" if len(known) == len(values) else f"; unknown of {count(len(values) - len(known))}"
+    note = "" if len(known) == len(values) else f"; {count(len(values) - len(known))} unknown"
     bars = binning.bars(known, whole=whole, single=single, form=quantity)
     return _drawn(title, axis, counted, bars, f"{binning.summary(known, form)}{note}", num_known=len(known))
 
@@ -120,7 +120,7 @@ def _resolution(clips: pa.Table) -> str:
         f", others ({count(others)})" if others else ""
     )
     if len(known) < len(short):
-        words += f"; unknown of {count(len(short) - len(known))}"
+        words += f"; {count(len(short) - len(known))} unknown"
     return _drawn("Resolution", "short side, pixels", "clips", bars, words, num_known=len(known))
 
 
@@ -135,12 +135,12 @@ def rows(clips: pa.Table, samples: pa.Table, shows: facts.Shows, shards_dir: Pat
 
 def _article(number: int, shown: pictures.Shown) -> str:
     heading = f"Sample {name(shown.label)}" if shown.label else f"Clip {number}"
-    facts_of = [text(shorten(shown.source, 60))] if shown.source else []
+    facts_of = [name(shown.source)] if shown.source else []
     facts_of += [f"{count(shown.num_tokens)} tokens"] if shown.num_tokens else []
     hidden = shown.num_clips - len(shown.strips)
     more = f'<p class="quiet">and {count(hidden)} more clips</p>\n' if hidden else ""
     return (
-        f'<article><h3>{heading}</h3>\n<p class="quiet" dir="auto">{", ".join(facts_of)}</p>\n'
+        f'<article><h3>{heading}</h3>\n<p class="quiet">{", ".join(facts_of)}</p>\n'
         f"{''.join(_figure(strip) for strip in shown.strips)}{more}"
         f"{_turns(shown.turns)}</article>\n"
     )
@@ -275,5 +275,5 @@ def _names(clips: pa.Table, group: facts.Group) -> str:
     found = facts.rows_of(clips, ("kind", "uri", "start_s", "end_s"), group.rows)
     names = [name(pictures.label_of(row)) for row in found]
     hidden = group.num_rows - len(names)
-    more = [f"and {count(hidden)} more"] if hidden else []
-    return "<br>".join([*names, *more, f'<span class="quiet">digest {text(shorten(group.label, 16))}</span>'])
+    more = f"and {count(hidden)} more, " if hidden else ""
+    return f'{"".join(names)}<span class="quiet">{more}digest {text(shorten(group.label, 16))}</span>'
