@@ -19,7 +19,7 @@ from report_tables import (
     write_shard,
 )
 
-from valley_ray.data.report import write_report
+from valley_ray.data.report import facts, write_report
 from valley_ray.data.report.histograms import bars
 from valley_ray.data.report.markup import duration, quantity, size
 from valley_ray.data.schema import FAILED, PENDING
@@ -47,19 +47,19 @@ def report(tmp_path: Path, clips: pa.Table, samples: pa.Table, **changes: Any) -
 def test_totals_and_sources_are_those_of_the_tables(tmp_path: Path) -> None:
     clips = [clip(n) for n in range(5)] + [failed_clip(5, "media_corrupt", "v5.mp4: bad"), clip(6)]
     bad = {"status": FAILED, "error_class": "media_corrupt", "error": "v5.mp4: bad"}
-    samples = [sample(n, [f"c{n}"]) for n in range(4)]
-    samples += [sample(4, ["c0", "c4"], source="b.json"), sample(5, ["c5"], source="b.json", **bad)]
+    samples = [sample(n, [f"c{min(n, 3)}"]) for n in range(5)]
+    samples += [sample(5, ["c0", "c4"], source="b.json"), sample(6, ["c5"], source="b.json", **bad)]
     page = report(tmp_path, clips_table(clips), samples_table(samples))
-    assert page.rows("samples by source and status") == [["a.json", "4", "4", "0"], ["b.json", "2", "1", "1"]]
+    assert page.rows("samples by source and status") == [["a.json", "5", "5", "0"], ["b.json", "2", "1", "1"]]
     assert page.rows("clips by source and status") == [
         ["a.json", "4", "4", "0"],
         ["b.json", "3", "2", "1"],
         ["clips that no sample shows", "1", "1", "0"],
     ]
     assert "Clips: 7 in = 6 ok + 1 failed." in page.words
-    assert "Samples: 6 in = 5 ok + 1 failed." in page.words
+    assert "Samples: 7 in = 6 ok + 1 failed." in page.words
     assert "1 sample failed with a clip." in page.words
-    facts = ("clips in 7", "clips failed 1", "samples in 6", "frames kept 48", "of video that decodes 1 min 0 s")
+    facts = ("clips in 7", "clips failed 1", "samples in 7", "frames kept 48", "of video that decodes 1 min 0 s")
     assert all(fact in page.words for fact in (*facts, "of files 7 kB"))
 
 
@@ -89,6 +89,17 @@ def test_long_lists_end_with_the_number_of_the_others_and_hide_no_rare_class(tmp
     assert 1000 < shown <= 5000
     assert f"and {9000 - shown:,} more in clips/*.parquet" in page.words
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
+def test_frequent_classes_share_what_the_rare_ones_leave() -> None:
+    classes = ["often"] * 90 + ["rare"] + ["usual"] * 80
+    table = clips_table([failed_clip(n, name, "bad") for n, name in enumerate(classes)] + [clip(999)])
+    groups = facts.failures(table, facts.is_status(table, FAILED), limit=11)
+    assert [(group.label, group.num_rows, group.rows.tolist()) for group in groups] == [
+        ("often", 90, [0, 1, 2, 3, 4]),
+        ("usual", 80, [91, 92, 93, 94, 95]),
+        ("rare", 1, [90]),
+    ]
 
 
 def test_samples_with_a_fault_of_their_own_are_listed_too(tmp_path: Path) -> None:
