@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from valley_ray.errors import CheckpointError
 from valley_ray.model.adapter_files import merge_adapter, read_adapter, split_adapter
+from valley_ray.model.claims import check_claims
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
 from valley_ray.model.folders import base_folder, read_json
 from valley_ray.model.towers import read_tower
@@ -70,10 +71,12 @@ def load_folder(load: Callable[..., Any], folder: Path, *, allow_bin: bool = Tru
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; give a folder written by save_pretrained")
     if _is_plain(folder):
-        _read_our_config(folder)
+        config = _read_our_config(folder)
         files = find_files(folder, {".safetensors": "model"})
+        check_claims(config, read_weights(files), folder / "config.json")
         return _load_strictly(partial(load, folder), folder, files, use_safetensors=True)
     opened = _open(folder, allow_bin=allow_bin, base=base)
+    check_claims(opened.config, opened.state, folder / "config.json")
     files = find_files(folder) if (folder / "config.json").is_file() else [folder / "adapter_config.json"]
     model = _load_strictly(partial(load, None), folder, files, config=opened.config, state_dict=opened.state)
     model.generation_config = opened.generation_config
@@ -110,16 +113,18 @@ def _open(folder: Path, *, allow_bin: bool, base: Path | None) -> _Opened:
         return _open_adapter(folder, allow_bin=allow_bin, base=base)
     values = read_config(folder)
     state = read_weights(find_files(folder, allow_bin=allow_bin))
-    if "mm_vision_tower" not in values:
-        return _Opened(_read_our_config(folder), state, _generation_config(folder))
-    state = {
-        our_name(name): tensor
-        for name, tensor in state.items()
-        if not name.endswith(UPSTREAM_BUFFERS) and not name.startswith(DEAD_LAYER)
-    }
+    is_ours = "mm_vision_tower" not in values
+    if not is_ours:
+        state = {
+            our_name(name): tensor
+            for name, tensor in state.items()
+            if not name.endswith(UPSTREAM_BUFFERS) and not name.startswith(DEAD_LAYER)
+        }
     if (folder / "adapter_config.json").is_file():
         state, pairs = split_adapter(state)
         state = merge_adapter(state, read_adapter(folder, pairs or None, allow_bin=allow_bin))
+    if is_ours:
+        return _Opened(_read_our_config(folder), state, _generation_config(folder))
     ids = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return _Opened(_upstream_config(values, folder, base), state, GenerationConfig(**ids))
 
@@ -185,6 +190,12 @@ def _load_strictly(load: Callable[..., Any], folder: Path, files: list[Path], **
         model, info = load(ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: a weight file is damaged ({error}); copy it again") from error
+    except CheckpointError:
+        raise
+    except (RuntimeError, ArithmeticError, AssertionError, LookupError, ValueError, ImportError) as error:
+        # What torch and transformers raise for numbers and names in config.json that no module can be built from.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built ({reason})") from error
     finally:
         report.removeFilter(_is_no_load_report)
     is_ours = "state_dict" not in kwargs

@@ -73,9 +73,9 @@ def _sub_config(value: Any, name: str, *, default: str) -> PreTrainedConfig:
     if not isinstance(value, dict):
         return value
     model_type = value.get("model_type", default)
-    if model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING or model_type == ValleyConfig.model_type:
         raise CheckpointError(
-            f"config.json: {name} has model_type {model_type!r}, which this transformers does not know"
+            f"config.json: {name} has model_type {model_type!r}, which is no part that this transformers knows"
         )
     return CONFIG_MAPPING[model_type](**{key: item for key, item in value.items() if key != "model_type"})
 

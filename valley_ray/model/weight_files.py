@@ -24,6 +24,10 @@ ADAPTER_STEMS = {".safetensors": "adapter_model", ".bin": "adapter_model"}
 """The same for the files of an adapter."""
 
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Number formats that are cast to one another without a change of meaning."""
+
+
 def find_files(folder: Path, stems: dict[str, str] = STEMS, *, allow_bin: bool = True) -> list[Path]:
     """Weight files of `folder`, safetensors before pickles.
 
@@ -49,14 +53,19 @@ def read_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Tensors of several files by name, backed by the files: memory is taken only for what is copied or written.
 
     Raises:
-        CheckpointError: a damaged file, or a pickle that holds more than tensors.
+        CheckpointError: a damaged file, a pickle that holds more than tensors, a weight in two files, or one whose
+            numbers no model computes with.
     """
     state: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            state |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+            read = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror or error})") from error
+        if twice := listed("in an earlier file too", read.keys() & state.keys()):
+            raise CheckpointError(f"{file}: {twice[0]}; copy the weight files of one model alone")
+        _check_numbers(file, read)
+        state |= read
     return state
 
 
@@ -67,6 +76,17 @@ def listed(what: str, names: Iterable[str]) -> list[str]:
         return []
     more = f" and {len(ordered) - MAX_NAMES} more" if len(ordered) > MAX_NAMES else ""
     return [f"{len(ordered)} weights {what}: {', '.join(ordered[:MAX_NAMES])}{more}"]
+
+
+def _check_numbers(file: Path, state: dict[str, torch.Tensor]) -> None:
+    """Raise for quantised and other odd tensors, which would be cast to something that was never trained."""
+    odd = (
+        f"{name} ({tensor.dtype})"
+        for name, tensor in state.items()
+        if name.endswith((".weight", ".bias")) and tensor.dtype not in WEIGHT_DTYPES
+    )
+    if problem := listed("of another number format", odd):
+        raise CheckpointError(f"{file}: {problem[0]}; expected float16, bfloat16, float32 or float64, not quantised")
 
 
 def _shards_of_index(index_path: Path) -> list[Path]:
@@ -109,6 +129,12 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # damaged bytes are unpickled to whatever they lead to
         raise CheckpointError(f"{path} is no PyTorch weight file or is damaged; copy it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected a mapping of names to tensors")
+    if not isinstance(state, dict) or not all(_is_plain_tensor(*item) for item in state.items()):
+        raise CheckpointError(f"{path}: expected a mapping of names to dense tensors with data")
     return state
+
+
+def _is_plain_tensor(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_quantized

@@ -50,6 +50,14 @@ def adapter(request: pytest.FixtureRequest, upstream_folder: Path) -> Path:
     return folder
 
 
+def test_an_adapter_in_the_folder_of_its_base_counts(upstream_folder: Path) -> None:
+    for name in ("ours", "theirs"):
+        folder = upstream_folder.parent / name
+        model = trained(folder)
+        save_adapter(model.core, folder)
+        torch.testing.assert_close(logits(opened(folder)), logits(model), atol=1e-5, rtol=1e-4)
+
+
 def test_a_fresh_adapter_changes_nothing_and_trains_alone_in_the_language_model(upstream_folder: Path) -> None:
     model = opened(upstream_folder)
     before = logits(model)

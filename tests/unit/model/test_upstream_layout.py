@@ -94,7 +94,37 @@ def test_a_pickle_that_is_not_tensors_is_not_run(upstream_folder: Path) -> None:
         refused(upstream_folder, r"pytorch_model\.bin holds more than tensors")
         assert not (upstream_folder.parent / "executed").exists()
     torch.save([torch.zeros(1)], upstream_folder / WEIGHTS)
-    refused(upstream_folder, "expected a mapping of names to tensors")
+    refused(upstream_folder, "expected a mapping of names to dense tensors")
+
+
+def test_tensors_that_are_no_weights_are_refused(upstream_folder: Path) -> None:
+    state = read(upstream_folder)
+    head = state["lm_head.weight"]
+    for odd in ({"lm_head.weight": head.to("meta")}, {"lm_head.weight": head.to_sparse()}, {5: head}):
+        torch.save(state | odd, upstream_folder / WEIGHTS)
+        refused(upstream_folder, "expected a mapping of names to dense tensors")
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        torch.save(state | {"lm_head.weight": head.to(dtype)}, upstream_folder / WEIGHTS)
+        refused(upstream_folder, rf"pytorch_model\.bin: 1 weights of another .*: lm_head\.weight \({dtype}\)")
+
+
+def test_a_weight_in_two_shards_is_named(upstream_folder: Path) -> None:
+    state = read(upstream_folder)
+    (upstream_folder / WEIGHTS).unlink()
+    shard(upstream_folder, state, "pytorch_model", ".bin")
+    twice = min(state)
+    second = upstream_folder / "pytorch_model-00002-of-00002.bin"
+    torch.save(torch.load(second) | {twice: torch.zeros_like(state[twice])}, second)
+    refused(upstream_folder, rf"00002\.bin: 1 weights in an earlier file too: {re.escape(twice)}")
+
+
+def test_added_tokens_that_the_model_has_no_rows_for(upstream_folder: Path) -> None:
+    path = upstream_folder / "added_tokens.json"
+    added = json.loads(path.read_text())
+    path.write_text(json.dumps(added | {"<im_patch>": -5}))
+    refused(upstream_folder, r"other ids: <im_patch> -5;")
+    path.write_text(json.dumps(added | {"<im_patch>": added["<vi_frame>"]}))
+    refused(upstream_folder, "two added tokens have one id")
 
 
 def test_weights_that_do_not_fit_are_named_in_the_words_of_the_file(upstream_folder: Path) -> None:
