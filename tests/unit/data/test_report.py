@@ -91,6 +91,22 @@ def test_long_lists_end_with_the_number_of_the_others_and_hide_no_rare_class(tmp
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
 
 
+def test_the_page_stays_small_whatever_the_texts(tmp_path: Path) -> None:
+    long = "'\"&" * 4000
+    clips = [failed_clip(n, f"class_{n % 90}", long, uri=f"/{long}/{n}/{long}") for n in range(6000)]
+    clips += [clip(n, uri=f"{long}{n}", content_digest=f"{n // 12}", row=n % 12) for n in range(6000, 8400)]
+    shard = write_shard(tmp_path, clips[-12:], side=256)
+    clips = [row | {"shard": shard} for row in clips]
+    said = [turn(long, long)] * 30
+    samples = [
+        sample(n, [f"c{6000 + n}"], sample_id=f"{long}{n}", source=f"{long}{n}", conversation=said) for n in range(80)
+    ]
+    bad = {"status": FAILED, "error_class": long, "error": long}
+    samples += [sample(n, [], sample_id=long, source=long, conversation=[], **bad) for n in range(80, 1500)]
+    report(tmp_path, clips_table(clips), samples_table(samples), made_with={long: long})
+    assert (tmp_path / "report.html").stat().st_size < 5_000_000
+
+
 def test_frequent_classes_share_what_the_rare_ones_leave() -> None:
     classes = ["often"] * 90 + ["rare"] + ["usual"] * 80
     table = clips_table([failed_clip(n, name, "bad") for n, name in enumerate(classes)] + [clip(999)])

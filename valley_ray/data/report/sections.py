@@ -1,6 +1,6 @@
 """The parts of the report: what facts.py counted and pictures.py drew, as HTML of bounded length."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ MAX_EQUAL_NAMES = 10
 MAX_ROWS = 12
 MAX_TURNS = 12
 MAX_TURN_CHARACTERS = 600
-MAX_PICTURE_BYTES = 2_200_000
-MAX_FAILURE_BYTES = 1_500_000
+MAX_PICTURE_BYTES = 1_200_000
+MAX_FAILURE_BYTES = 2_200_000
+MAX_EQUAL_BYTES = 400_000
+"""Together with the bounds above they keep the page below about 5 MB, however long the names."""
+Row = tuple[str, ...]
+"""Cells of a row as HTML."""
+_ROW_MARKUP_BYTES = 60
 _OPEN_ROWS = 20
 _OPEN_TURNS = 2
 """A list of so many failures, and so many turns of a conversation, are open from the start."""
@@ -221,13 +226,8 @@ def _classes(
     written: dict[int, str] = {}
     for place in sorted(range(len(groups)), key=lambda place: len(groups[place].rows)):
         group = groups[place]
-        lines = []
-        for row in facts.rows_of(failed, columns, group.rows):
-            line = form(row)
-            left -= sum(len(cell.encode(errors="replace")) for cell in line) + 60
-            if left < 0:
-                break
-            lines.append(line)
+        lines = _within(left, (form(row) for row in facts.rows_of(failed, columns, group.rows)))
+        left -= sum(map(_num_bytes, lines))
         hidden = group.num_rows - len(lines)
         more = f"<p>and {count(hidden)} more in <code>{where}</code></p>\n" if hidden else ""
         meaning = f' <span class="quiet">{text(meanings[group.label])}</span>' if group.label in meanings else ""
@@ -261,14 +261,29 @@ def equal_contents(clips: pa.Table) -> str:
     known = f"Compared by digest: {count(num_known)} of {counted(clips.num_rows, 'clip')}. "
     if not groups:
         return f"<p>{known}No two are equal.</p>\n"
-    listed = [(_names(clips, group), count(group.num_rows)) for group in groups]
-    hidden = num_groups - len(groups)
+    listed = _within(MAX_EQUAL_BYTES, ((_names(clips, group), count(group.num_rows)) for group in groups))
+    hidden = num_groups - len(listed)
     return (
         f"<p>{known}Repetitions of an earlier one: {counted(num_repeats, 'clip')}, in "
         f"{counted(num_groups, 'group')}.</p>\n"
         + table("Clips with equal contents", ("clips", "number"), listed, numbers=(1,))
         + (f"<p>and {count(hidden)} more groups in <code>clips/*.parquet</code></p>\n" if hidden else "")
     )
+
+
+def _within(max_bytes: int, lines: Iterable[Row]) -> list[Row]:
+    """The first lines of a table, as many as fit."""
+    taken = []
+    for line in lines:
+        max_bytes -= _num_bytes(line)
+        if max_bytes < 0:
+            break
+        taken.append(line)
+    return taken
+
+
+def _num_bytes(line: Row) -> int:
+    return sum(len(cell.encode(errors="replace")) for cell in line) + _ROW_MARKUP_BYTES
 
 
 def _names(clips: pa.Table, group: facts.Group) -> str:
