@@ -18,6 +18,7 @@ from valley_ray.data.commit import ShardWriter
 from valley_ray.data.frame_store import read_shard_records
 from valley_ray.data.journal import BlockJournal
 from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA, uris_of
+from valley_ray.data.sources.objects import is_object, read_object
 from valley_ray.errors import (
     ConfigError,
     CorruptMediaError,
@@ -212,6 +213,8 @@ def _said(frames: VideoFrames | None) -> dict[str, Any]:
 
 def _source_of(uri: str, policy: FetchPolicy) -> Path | bytes:
     """Local files are read by the decoder itself, whatever their size; the rest goes through the fetch policy."""
+    if is_object(uri):
+        return read_object(uri, max_bytes=policy.max_bytes)
     return fetch(uri, policy).source if "://" in uri else Path(uri)
 
 

@@ -127,6 +127,7 @@ def test_windows_of_valley_instruct_crop_whole_videos_and_not_cut_ones(tmp_path:
         ({"v_id": None}, "'v_id' must be an id"),
         ({"v_id": ["x"]}, "'v_id' must be an id"),
         ({"v_id": "x\ud800"}, "not valid Unicode"),
+        ({"v_id": "7", "source": "ssh://host"}, "'source' must be the name of a folder"),
     ],
 )
 def test_window_that_cannot_be_is_a_failed_row(tmp_path: Path, values: dict[str, Any], reason: str) -> None:

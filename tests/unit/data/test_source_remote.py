@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from valley_ray.data.sources import SourceConfig, files, read_catalog, write_catalog
-from valley_ray.errors import DataError
+from valley_ray.data.sources.objects import read_object
+from valley_ray.errors import DataError, FetchError
 
 
 def turns() -> list[dict[str, str]]:
@@ -136,6 +137,24 @@ def test_unknown_scheme_and_bucket_that_refuses_are_errors(tmp_path: Path, memor
     memory.pipe("/set/records.json", json.dumps(RECORDS).encode())
     with pytest.raises(DataError, match="nonsense://media"):
         read(tmp_path, "memory://set/records.json", media_root="nonsense://media")
+
+
+def test_media_in_buckets_are_read_within_limits(memory: Any) -> None:
+    memory.pipe("/set/a.mp4", b"12345")
+    assert read_object("memory://set/a.mp4", max_bytes=5) == b"12345"
+    cases = {
+        "memory://set/gone.mp4": "source_not_found",
+        "memory://set/a.mp4": "source_too_large",
+        "memory://set": "fetch_failed",
+        "ssh://host/a.mp4": "source_not_allowed",
+        "memory://a::http://localhost/a.mp4": "source_not_allowed",
+        "http://localhost/a.mp4": "source_not_allowed",
+        "/local/a.mp4": "source_not_allowed",
+    }
+    for uri, error_class in cases.items():
+        with pytest.raises(FetchError) as error:
+            read_object(uri, max_bytes=4)
+        assert error.value.code == error_class, uri
 
 
 def test_buckets_of_arrow_are_listed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

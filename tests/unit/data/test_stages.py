@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -48,6 +49,15 @@ def decode(
     stage = make_stage(tmp_path, limits, **changes)
     outcomes: list[dict[str, Any]] = stage(pa.Table.from_pylist(rows_of(clips), schema=BLOCK_SCHEMA)).to_pylist()
     return outcomes
+
+
+def test_video_in_a_bucket_is_decoded(tmp_path: Path) -> None:
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe("/set/a.mp4", write_clip(tmp_path / "a.mp4", brightness=100).read_bytes())
+    clips = [clip_row("video", f"memory://set/{name}.mp4", error="looked for") for name in ("a", "gone")]
+    there, gone = decode(tmp_path, clips)
+    assert (there["status"], there["num_frames"]) == (OK, 4)
+    assert (gone["status"], gone["error_class"], gone["error"]) == (FAILED, "source_not_found", "looked for")
 
 
 def test_good_and_bad_files_of_one_block_each_get_their_row(tmp_path: Path) -> None:

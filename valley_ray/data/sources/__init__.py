@@ -17,6 +17,7 @@ rows.py             one record → one row, or the reason why not
 media.py            where a record's file lies
 json_text.py        JSON lists of any length, a record at a time
 files.py            bytes and lines from disks, buckets and http
+objects.py          one media file in a bucket, for whoever decodes it
 
 A record that cannot be used keeps its row, with status failed and the reason. Knows no decoder, tokenizer or Ray.
 """

@@ -25,6 +25,8 @@ _STALL_TIMEOUT_S = 60.0
 """Seconds without a byte before a web server is given up."""
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs")
 """File systems that pyarrow brings along; the others are fsspec's."""
+BUCKET_SCHEMES = (*_ARROW_SCHEMES, "abfs", "abfss", "az", "adl", "oss", "memory")
+"""What media may lie on beside disks and web servers; records name them, so that this is not left to fsspec."""
 
 
 def normalized(path: str) -> str:
@@ -40,6 +42,11 @@ def normalized(path: str) -> str:
 def is_url(path: str) -> bool:
     """Whether `path` names another file system than the local one."""
     return "://" in path
+
+
+def scheme_of(path: str) -> str:
+    """Lower-case scheme of a URL; empty for a local path."""
+    return path.partition("://")[0].lower() if is_url(path) else ""
 
 
 def shown(path: str) -> str:
@@ -97,7 +104,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem
 
     try:
-        if url.partition("://")[0].lower() in _ARROW_SCHEMES:
+        if scheme_of(url) in _ARROW_SCHEMES:
             filesystem, path = FileSystem.from_uri(url)
             return ArrowFSWrapper(filesystem), path
         filesystem, path = fsspec.core.url_to_fs(url, **(_web_options() if is_web(url) else {}))

@@ -87,7 +87,7 @@ def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path | s
 def video_folders(record: Mapping[str, Any], root: str) -> list[str]:
     """The folders that a record's videos may lie in, below the absolute `root`; raises DataError as `places` does."""
     source = record.get("source")
-    if not isinstance(source, str | None):
+    if not isinstance(source, str | None) or is_url(source or ""):
         raise DataError(f"'source' must be the name of a folder, got {source!r:.80}")
     named = join(root, encodable(source, "source") if source else DEFAULT_FOLDER)
     return [named, root] if source else [root, named]
