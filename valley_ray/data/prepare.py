@@ -37,6 +37,7 @@ from valley_ray.data.report import write_report
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, PENDING, SAMPLES_SCHEMA
 from valley_ray.data.shards import WindowStore
 from valley_ray.data.sources import mixing_order, read_catalog, write_catalog
+from valley_ray.data.stages import decoder_version
 from valley_ray.data.windows import (
     Outcome,
     known_outcomes,
@@ -140,7 +141,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
             seconds=round(time.perf_counter() - start, 3),
         )
         assert summary.rows_in == job.clips.num_rows == summary.ok + summary.failed, f"rows lost: {summary}"
-        write_report(clips, samples, output / SHARDS_DIR, output / REPORT_FILE, title=output.name)
+        made_with = {"decoder": decoder_version(config.video_decoder), "model": str(config.model or "none")}
+        write_report(clips, samples, output / SHARDS_DIR, output / REPORT_FILE, title=output.name, made_with=made_with)
         write_json(output / SUMMARY_FILE, dataclasses.asdict(summary))
     return summary
 
