@@ -1,8 +1,9 @@
 """CPU time per video of our decoder against decord + PIL + numpy: python jobs/benchmark_data.py
 
-Options as key=value (num_rounds=5 num_clips=2 clip_s=60 videos=../shared/videos). Real videos, and generated 1080p
-clips with long groups of pictures, with 3 B-frames and with none; about six minutes, less when the clips are there
-already. The last line of stdout is one JSON object; ratios are CPU per video of the reference over ours.
+Options as key=value (num_rounds=5 num_rounds_real=15 num_clips=2 clip_s=60 videos=../shared/videos). Real videos, and
+generated 1080p clips with long groups of pictures, with 3 B-frames and with none; about four minutes on free cores,
+less when the clips are there already. The last line of stdout is one JSON object; ratios are CPU per video of the
+reference over ours.
 """
 
 import json
