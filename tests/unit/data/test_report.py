@@ -308,6 +308,15 @@ def test_clips_without_samples_are_shown_by_themselves(tmp_path: Path) -> None:
     assert "8 of 20 frames" in page.words
 
 
+def test_clips_without_samples_are_shown_beside_those_with(tmp_path: Path) -> None:
+    clips = [clip(n, row=n) for n in range(40)]
+    shard = write_shard(tmp_path, clips)
+    clips = [row | {"shard": shard} for row in clips]
+    page = report(tmp_path, clips_table(clips), samples_table([sample(n, [f"c{n}"]) for n in range(20)]))
+    headings = [heading for _, heading in page.headings if heading.startswith(("Sample", "Clip"))]
+    assert [heading.split()[0] for heading in headings] == ["Sample"] * 8 + ["Clip"] * 4
+
+
 def test_groups_of_images_are_called_by_their_first(tmp_path: Path) -> None:
     uri = json.dumps(["/v/a.png", "/v/b.png", "/v/c.png"])
     clips = [failed_clip(0, "media_corrupt", "bad", kind="images", uri=uri)]

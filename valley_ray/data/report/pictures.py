@@ -60,7 +60,7 @@ def drawn(
     seed: int,
     max_bytes: int,
 ) -> Iterator[Shown]:
-    """Rows with decoded frames, drawn from `seed` evenly over the sources; then clips that no sample shows.
+    """Rows with decoded frames, drawn from `seed` evenly over the sources; then clips that no sample shows, a third.
 
     Args:
         max_bytes: pictures end where they take more.
@@ -70,17 +70,17 @@ def drawn(
     is_ok = facts.is_status(clips, OK)
     has_clip = shows.samples_with(is_ok)
     good = has_clip & ~shows.samples_with(~is_ok) & ~facts.is_status(samples, FAILED)
-    num_bytes = num_shown = 0
-    for row in _spread(samples["source"], good, num_rows, generator):
+    alone = is_ok.copy()
+    alone[shows.clip] = False
+    alone_rows = generator.permutation(np.flatnonzero(alone))
+    chosen = _spread(samples["source"], good, num_rows - min(len(alone_rows), num_rows // 3), generator)
+    num_bytes = 0
+    for row in chosen:
         if num_bytes < max_bytes:
             shown = _sample(clips, samples, shows, row, store)
             yield shown
             num_bytes += _num_bytes(shown)
-            num_shown += 1
-    alone = is_ok.copy()
-    alone[shows.clip] = False
-    rows = np.flatnonzero(alone)
-    for row in generator.permutation(rows)[: num_rows - num_shown].tolist():
+    for row in alone_rows[: num_rows - len(chosen)].tolist():
         if num_bytes < max_bytes:
             shown = Shown("", "", (_strip(facts.rows_of(clips, _COLUMNS, np.array([row]))[0], store),), 1, (), None)
             yield shown

@@ -258,7 +258,7 @@ def equal_contents(clips: pa.Table) -> str:
     """Groups of clips that hold the same bytes."""
     num_groups, num_repeats, groups = facts.equal_contents(clips, limit=MAX_EQUAL_GROUPS, rows_each=MAX_EQUAL_NAMES)
     num_known = int(pc.sum(pc.not_equal(pc.fill_null(clips["content_digest"], ""), "")).as_py() or 0)
-    known = f"Compared by digest: {count(num_known)} of {counted(clips.num_rows, 'clip')}. "
+    known = f"Files of equal size were compared: {count(num_known)} of {counted(clips.num_rows, 'clip')}. "
     if not groups:
         return f"<p>{known}No two are equal.</p>\n"
     listed = _within(MAX_EQUAL_BYTES, ((_names(clips, group), count(group.num_rows)) for group in groups))
