@@ -61,6 +61,8 @@ class PrepareConfig(DecodeSettings):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Record files and folders of media, one after the other."""
+    media_root: str | None = Field(default=None, min_length=1)
+    """Folder that media names are relative to, for sources that name none of their own."""
     output: Path
     """Folder that is written, or added to: what it holds of the same clips is not decoded again. On a file system that
     all nodes share."""
@@ -85,18 +87,16 @@ class PrepareConfig(DecodeSettings):
 
     def under(self, root: Path) -> Self:
         """The same with absolute paths: a relative output below `root`, inputs too unless they exist as given."""
-        sources = tuple(
-            source.model_copy(
-                update={
-                    "path": _input(root, source.path),
-                    "media_root": source.media_root and _input(root, source.media_root),
-                    "companion": source.companion and _input(root, source.companion),
-                }
-            )
-            for source in self.sources
-        )
+        sources = []
+        for source in self.sources:
+            media_root = source.media_root or self.media_root
+            paths = {"path": source.path, "media_root": media_root, "companion": source.companion}
+            update = {name: path and _input(root, path) for name, path in paths.items()}
+            sources.append(source.model_copy(update=update))
         model = Path(_input(root, str(self.model))) if self.model is not None else None
-        return self.model_copy(update={"sources": sources, "output": root / self.output, "model": model})
+        return self.model_copy(
+            update={"sources": tuple(sources), "media_root": None, "output": root / self.output, "model": model}
+        )
 
 
 def _input(root: Path, locator: str) -> str:

@@ -156,7 +156,7 @@ def read_tables(directory: Path, schema: pa.Schema) -> pa.Table:
 def _read(config: PrepareConfig, output: Path) -> _Job:
     processing, processor = _processing(config)
     check_one_size(video_crop=processing.video_crop, image_crop=processing.image_crop)
-    catalog = write_catalog(config.sources, output / CATALOG_DIR)
+    catalog = write_catalog(config.under(Path.cwd()).sources, output / CATALOG_DIR)
     clips, samples = read_catalog(output / CATALOG_DIR)
     counts = [source.num_samples for source in catalog.sources]
     order = mixing_order([source.weight for source in catalog.sources], counts, config.seed)
