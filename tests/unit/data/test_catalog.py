@@ -139,12 +139,14 @@ def test_mixing_spreads_sources_by_size_and_weight() -> None:
 
 
 def write_webvid_like(path: Path, num_records: int) -> None:
-    """About 290 bytes each, in the layout of the pretraining set, streamed to the disk."""
+    """About 300 bytes each, in the layout of the pretraining set, streamed to the disk."""
 
     def parts() -> Iterator[str]:
         for i in range(num_records):
             video = f"{i // 50 * 50 + 1:06d}_{i // 50 * 50 + 50:06d}/{10**9 + i}.mp4"
-            question = turns(f"<video>\nDescribe the video concisely, in {i % 97} words if you can, please.")
+            question = turns(
+                f"<video>\nDescribe the video concisely, in {i % 97} words if you can, please, and do not say what cannot be seen in it at all."
+            )
             row = {"id": f"{i:09d}", "video": video, "conversations": question}
             yield (", " if i else "") + json.dumps(row)
 
@@ -178,8 +180,8 @@ def test_memory_grows_by_the_ids_alone(tmp_path: Path) -> None:
         assert num_samples == num_records
         peaks.append(peak)
     per_record = (peaks[1] - peaks[0]) / 40_000
-    # Two sets of digests take 2 * (45 + 32..64) bytes; buffers that fill up are in the difference too.
-    assert per_record < 1000, f"{per_record:.0f} bytes per record, {peaks}"
+    # Two sets of digests take 2 * (45 + 32..64) bytes; measured 137.
+    assert per_record < 300, f"{per_record:.0f} bytes per record, {peaks}"
     assert peaks[1] < LARGEST_RSS_BYTES // 2, peaks
 
 

@@ -42,6 +42,7 @@ def test_subfolder_of_numbered_images_is_a_clip_and_other_images_are_images(tmp_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "f_2.png").touch()
+    assert [clip["kind"] for clip in read(tmp_path / "frames")] == ["image"] * 2, "what is named itself is gone through"
     found = [(Path(str(clip["uri"])).name, clip["kind"]) for clip in read(tmp_path)]
     assert found == [
         ("cat.png", "image"),

@@ -69,6 +69,19 @@ def test_videochat_pairs_become_a_conversation(tmp_path: Path) -> None:
     assert "no such file" in clips[2]["error"]
 
 
+def test_videochat_conversations_need_no_id_and_no_mark(tmp_path: Path) -> None:
+    marked, bare = turns(), [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "He."}]
+    records = [{"video": "1.mp4", "conversations": one} for one in (marked, bare, "text", [], ["x"], [3, *bare])]
+    format_name, samples, _ = read(write(tmp_path / "chat.json", records))
+    assert format_name == "videochat"
+    assert [texts(sample) for sample in samples[:2]] == [
+        ["<video>\nWhat moves?", "A square."],
+        ["<video>\nWho?", "He."],
+    ]
+    assert [sample["status"] for sample in samples] == [PENDING] * 2 + [FAILED] * 4
+    assert all(sample["error"] for sample in samples[2:])
+
+
 @pytest.mark.parametrize(
     ("pairs", "reason"),
     [
@@ -98,6 +111,8 @@ def test_windows_of_valley_instruct_crop_whole_videos_and_not_cut_ones(tmp_path:
         {"id": "whole", "v_id": whole, "video": f"v_{whole[:11]}.mp4", "source": "VATEX"},
         {"id": "no name", "videoID": whole, "source": "VATEX"},
         {"id": "windowed name", "v_id": whole, "video": f"{whole}.mp4", "source": "VATEX"},
+        {"id": "plain id", "v_id": whole[:11], "videoID": whole, "source": "VATEX"},
+        {"id": "id in the name", "video": f"v_{whole}.mp4", "source": "VATEX"},
         {"id": "gone", "v_id": gone, "video": f"v_{gone[:11]}.mp4", "source": "VATEX"},
         {"id": "jukin", "v_id": "77", "video": "v_77.mp4", "source": "jukinmedia"},
         {"id": "jukin without name", "v_id": 77, "source": "jukinmedia"},
@@ -108,16 +123,14 @@ def test_windows_of_valley_instruct_crop_whole_videos_and_not_cut_ones(tmp_path:
     assert {sample["status"] for sample in samples} == {PENDING}
     assert [window(clip, tmp_path) for clip in clips] == [
         (names[0], None, None),
-        (names[2], 10, 20),
-        (names[2], 10, 20),
-        (names[2], 10, 20),
+        *[(names[2], 10, 20)] * 5,
         (f"VATEX/v_{gone[:11]}.mp4", 10, 20),
         (names[3], None, None),
         (names[3], None, None),
     ]
     assert clips[1]["clip_id"] == clips[2]["clip_id"]
     assert clips[1]["size_bytes"] == 5
-    assert f"{gone}.mp4" in clips[4]["error"], "it says that the cut clip was looked for too"
+    assert f"{gone}.mp4" in clips[6]["error"], "it says that the cut clip was looked for too"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from valley_ray.data.sources.media import Media, is_media
 from valley_ray.data.sources.rows import CatalogRow, Source
 from valley_ray.data.sources.table import READERS as TABLES
 from valley_ray.data.sources.table import read_table
-from valley_ray.data.sources.valley_instruct import VIDEO_ID_KEYS
+from valley_ray.data.sources.valley_instruct import has_video_id
 from valley_ray.data.sources.vatex import QUESTIONS, read_vatex
 from valley_ray.data.sources.video_qa import VIDEO_KEYS, read_msrvtt_qa, read_msvd_qa
-from valley_ray.data.sources.videochat import QA_KEY
+from valley_ray.data.sources.videochat import QA_KEY, is_videochat
 from valley_ray.errors import DataError
 
 READERS: Mapping[FormatName, Callable[[Source], Iterator[CatalogRow]]] = {
@@ -97,10 +97,10 @@ def _detect_list(path: str) -> FormatName:
 
 
 def _fitting(record: Mapping[str, Any], path: str) -> list[FormatName]:
-    if QA_KEY in record:
-        return ["videochat"]
-    if "conversations" in record:
-        return ["valley-instruct" if any(key in record for key in VIDEO_ID_KEYS) else "llava"]
+    if QA_KEY in record or "conversations" in record:
+        if has_video_id(record):
+            return ["valley-instruct"]
+        return ["videochat" if is_videochat(record) else "llava"]
     if "videoID" in record and (any(key in record for key in QUESTIONS) or len(record) == 1):
         return ["vatex"]
     if "question_id" in record and "video_name" in record:

@@ -117,7 +117,7 @@ def _check_columns(names: Sequence[str], path: str) -> None:
 def _row(record: Any, row: int, source: Source) -> CatalogRow:
     fallback_id = source.default_id(row)
     has_words = isinstance(record, dict) and any(key in record for key in ("question", "answer", "conversations"))
-    if not isinstance(record, dict) or QA_KEY in record or any(record.get(key) for key in VIDEO_ID_KEYS):
+    if not isinstance(record, dict) or record.get(QA_KEY) or any(record.get(key) for key in VIDEO_ID_KEYS):
         if isinstance(record, _Uneven):
             return failed(fallback_id, source.name, DataError(record.reason))
         return conversation_row(record, row, source)

@@ -9,6 +9,7 @@ clip itself, any other is cropped to the window. Ids of jukinmedia carry no wind
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from valley_ray.data.sources.files import is_url, join, last_part
@@ -19,8 +20,21 @@ from valley_ray.errors import DataError
 VIDEO_ID_KEYS = ("v_id", "videoID")
 
 _WINDOWED_ID = re.compile(r"([A-Za-z0-9_-]{11})_(\d{6})_(\d{6})")
+_ID_CHARS = 25
 _ENDINGS = (".mp4", ".webm", ".mkv", ".avi")
 """What downloads of one video may end in."""
+
+
+def has_video_id(record: Mapping[str, Any]) -> bool:
+    """Whether a record names its video by an id, or its VATEX file by a windowed one."""
+    return any(key in record for key in VIDEO_ID_KEYS) or _windowed_name(record) is not None
+
+
+def video_id_of(record: Mapping[str, Any]) -> tuple[str, Any]:
+    """(key, id) of a record that `has_video_id`: the one that carries a window, where one does."""
+    ids = [(key, record[key]) for key in VIDEO_ID_KEYS if key in record]
+    windowed = [(key, value) for key, value in ids if isinstance(value, str) and _WINDOWED_ID.fullmatch(value)]
+    return next(iter([*windowed, *ids]), ("video", _windowed_name(record)))
 
 
 def parse_windowed_id(text: str) -> tuple[str, float, float] | None:
@@ -44,8 +58,8 @@ def windowed_clip(media: Media, kind: str, names: Sequence[str], record: Mapping
     Raises:
         DataError: the id is no text, or its window is empty.
     """
-    key = next(key for key in VIDEO_ID_KEYS if key in record)
-    video_id = id_text(record[key], key)
+    key, value = video_id_of(record)
+    video_id = id_text(value, key)
     parsed = parse_windowed_id(video_id) if kind == "video" else None
     if kind != "video" or is_url(names[0]):
         return _with_window(media.clip(kind, names, record), parsed)
@@ -56,6 +70,16 @@ def windowed_clip(media: Media, kind: str, names: Sequence[str], record: Mapping
     cut = [*(_spellings(names[0]) if carries_window else ()), *_named(video_id), *_named(f"v_{video_id}")]
     whole = [*(() if carries_window else _spellings(names[0])), *_named(f"v_{youtube_id}"), *_named(youtube_id)]
     return _first(media, record, cut, whole, window=(start_s, end_s))
+
+
+def _windowed_name(record: Mapping[str, Any]) -> str | None:
+    """The windowed id that the file name of a VATEX record is."""
+    name = record.get("video")
+    if not isinstance(name, str) or str(record.get("source")).lower() != "vatex":
+        return None
+    stem = PurePosixPath(name).stem
+    stem = stem.removeprefix("v_") if len(stem) > _ID_CHARS else stem
+    return stem if _WINDOWED_ID.fullmatch(stem) else None
 
 
 def _with_window(row: dict[str, Any], parsed: tuple[str, float, float] | None) -> dict[str, Any]:

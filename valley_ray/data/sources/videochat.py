@@ -1,8 +1,8 @@
 """VideoChat-instruct-11K: ``{"video": "<folder>/<id>.mp4", "QA": [{"i", "q", "a"}, ...]}`` → a conversation.
 
 `i` is an instruction that comes before the question; in detailed descriptions it is all there is. Names of keys and
-files are those that public readers of the set use; its own file could not be looked into. The set in the spelling
-`conversations` is read as any other list of conversations.
+files are those that public readers of the set use; its own file could not be looked into. The set also goes round as
+``{"video", "conversations": [{"from", "value"}, ...]}``: such a record is known by its video and its missing id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,11 @@ from valley_ray.data.sources.rows import CatalogRow, Source, failed, sample_of
 from valley_ray.errors import ConversationError, ValleyError
 
 QA_KEY = "QA"
+
+
+def is_videochat(record: Mapping[str, Any]) -> bool:
+    """Whether a record is VideoChat's, in either spelling."""
+    return QA_KEY in record or ("video" in record and "conversations" in record and "id" not in record)
 
 
 def videochat_row(record: Mapping[str, Any], *, fallback_id: str, source: Source) -> CatalogRow:
@@ -35,7 +40,7 @@ def videochat_row(record: Mapping[str, Any], *, fallback_id: str, source: Source
         return make_row(kind, found.uri, [found])
 
     try:
-        turns = _turns(record[QA_KEY])
+        turns = _marked(_turns(record[QA_KEY]) if QA_KEY in record else record["conversations"])
     except ValleyError as error:
         return failed(fallback_id, source.name, error)
     return sample_of(
@@ -65,6 +70,14 @@ def _turns(pairs: Any) -> list[dict[str, str]]:
         if not text or not answer:
             raise ConversationError(f"pair {number} of '{QA_KEY}' needs a question and an answer, got {pair!r:.80}")
         turns += [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-    if not any(MEDIA_MARK.search(turn["value"]) for turn in turns[::2]):
-        turns[0]["value"] = f"<video>\n{turns[0]['value']}"
     return turns
+
+
+def _marked(turns: Any) -> Any:
+    """`turns` with a mark for the video in the first, where no question has one; what is no list of turns stays as is."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return turns
+    questions = [turn.get("value") for turn in turns if turn.get("from") != "gpt"]
+    if not isinstance(turns[0].get("value"), str) or any(MEDIA_MARK.search(str(text)) for text in questions):
+        return turns
+    return [turns[0] | {"value": f"<video>\n{turns[0]['value']}"}, *turns[1:]]
