@@ -70,6 +70,8 @@ def load_folder(load: Callable[..., Any], folder: Path, *, allow_bin: bool = Tru
     """
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; give a folder written by save_pretrained")
+    if base is not None and not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} is a whole model (it has no adapter_config.json); leave the base {base} out")
     if _is_plain(folder):
         config = _read_our_config(folder)
         files = find_files(folder, {".safetensors": "model"})

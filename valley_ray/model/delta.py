@@ -91,10 +91,10 @@ def _whole_folder(output: Path) -> Iterator[Path]:
 
 def _combined(base: Path, model: Path, combine: Combine) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and float16 tensors of the output; what does not fit is raised at once, before the first of them."""
-    base_state = _base_weights(base)
     state = {
         name: tensor for name, tensor in read_weights(find_files(model)).items() if not name.endswith(UPSTREAM_BUFFERS)
     }
+    base_state = _base_weights(base, has_head="lm_head.weight" in map(_key, state))
     _check_fit(base, base_state, model, state)
     return ((name, _combine(tensor, base_state.get(_key(name)), combine, name)) for name, tensor in state.items())
 
@@ -104,15 +104,16 @@ def _key(name: str) -> str:
     return our_name(name).removeprefix(LANGUAGE_MODEL)
 
 
-def _base_weights(base: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the base by key; a head that is tied to the input table is that table."""
+def _base_weights(base: Path, *, has_head: bool) -> dict[str, torch.Tensor]:
+    """Tensors of the base by key; where the model `has_head`, a head that is tied to the input table is that table."""
     config = read_json(base / "config.json")
     state = {
         _key(name): tensor
         for name, tensor in read_weights(find_files(base)).items()
         if not name.endswith(UPSTREAM_BUFFERS)
     }
-    if config.get("tie_word_embeddings") and "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+    is_tied = config.get("tie_word_embeddings") and "lm_head.weight" not in state
+    if has_head and is_tied and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
 

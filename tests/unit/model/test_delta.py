@@ -46,6 +46,19 @@ def test_delta_and_base_give_the_target_back(
     assert torch.equal(stored.mm_projector.weight, ours.core.mm_projector.weight)
 
 
+def test_a_head_that_base_and_target_tie_is_stored_nowhere(upstream_folder: Path, tmp_path: Path) -> None:
+    config = ValleyForConditionalGeneration.from_pretrained(tmp_path / "ours").config
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    model = ValleyForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "tied")
+    model.core.language_model.save_pretrained(tmp_path / "base")
+    make_delta(tmp_path / "base", tmp_path / "tied", tmp_path / "delta")
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "restored")
+    restored = ValleyForConditionalGeneration.from_pretrained(tmp_path / "restored", dtype=torch.float32)
+    for name, tensor in restored.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-3, rtol=2e-3, msg=name)
+
+
 def test_a_wrong_base_is_named_with_file_and_key_and_leaves_nothing(base: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     config = model.config

@@ -58,6 +58,12 @@ def test_an_adapter_in_the_folder_of_its_base_counts(upstream_folder: Path) -> N
         torch.testing.assert_close(logits(opened(folder)), logits(model), atol=1e-5, rtol=1e-4)
 
 
+def test_a_base_beside_a_whole_model_is_refused(upstream_folder: Path) -> None:
+    for name in ("ours", "theirs"):
+        with pytest.raises(CheckpointError, match=r"is a whole model .* leave the base"):
+            opened(upstream_folder.parent / name, base=upstream_folder)
+
+
 def test_a_fresh_adapter_changes_nothing_and_trains_alone_in_the_language_model(upstream_folder: Path) -> None:
     model = opened(upstream_folder)
     before = logits(model)
