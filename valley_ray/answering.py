@@ -15,7 +15,7 @@ import torch
 
 from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
-from valley_ray.errors import CheckpointError
+from valley_ray.errors import CheckpointError, ConversationError
 from valley_ray.media.preprocess import check_one_size
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
 from valley_ray.model.valley import ValleyForConditionalGeneration
@@ -175,12 +175,18 @@ def _overlap(text: str, stop: str) -> int:
     return next((length for length in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:length])), 0)
 
 
-def open_text_stream(processor: ValleyProcessor, params: SamplingParams, stop: Sequence[str] = ()) -> TextStream:
-    """The text of one answer: it ends with the processor's own stop strings or one of `stop`."""
+def open_text_stream(processor: ValleyProcessor, params: SamplingParams, stop: str | Sequence[str] = ()) -> TextStream:
+    """The text of one answer: it ends with the processor's own stop strings or `stop`, one text or several.
+
+    Raises ConversationError for an empty stop text, which every answer has at its beginning.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise ConversationError("a stop text is empty, so every answer would be; name some text or leave it out")
     return TextStream(
         processor.decode_raw,
         params.stop_token_ids,
-        (*processor.stop_strings, *stop),
+        (*processor.stop_strings, *stops),
         skip_first_token=processor.config.stop_skips_first_token,
         clean=processor.clean_answer,
     )

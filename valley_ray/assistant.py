@@ -7,6 +7,7 @@ It is the oracle that the server is tested against; its own oracle is Hugging Fa
 T frames, P patch tokens, D hidden width of the language model.
 """
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,20 +48,21 @@ Question = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class AskInput:
-    """One question, with at most one video and any number of images; or a whole conversation as messages."""
+    """One question, with any number of videos and images; or a whole conversation as messages."""
 
     question: Question
-    video: Locator | None = None
+    video: Locator | Sequence[Locator] | None = None
+    """One video or several, in the order in which the question names them; they come before images."""
     image: Locator | Sequence[Locator] | None = None
-    """One image or several, in the order in which the question names them."""
+    """The same for images."""
     sampling: FrameSampling | None = None
     """None: the processor's own."""
     params: SamplingParams | None = None
     """None: greedy, up to 128 tokens or as many as fit. Without stop tokens it stops at the model's."""
     system_prompt: str | None = None
     """None: the processor's own."""
-    stop: Sequence[str] = ()
-    """Texts that end the answer, beside the processor's own; they are no part of it."""
+    stop: str | Sequence[str] = ()
+    """Text or texts that end the answer, beside the processor's own; they are no part of it."""
 
     def conversation(self) -> tuple[Conversation, list[MediaPart]]:
         """Media first, then the question: the same turns as an OpenAI request of these parts gives.
@@ -74,11 +76,10 @@ class AskInput:
                     "them; put a video_url or image_url part or a system message into the messages"
                 )
             return from_openai(self.question)
-        images = [self.image] if isinstance(self.image, str | Path) else self.image or []
         parts: list[dict[str, Any]] = []
-        if self.video is not None:
-            parts.append({"type": "video_url", "video_url": {"url": str(self.video)}})
-        parts += [{"type": "image_url", "image_url": {"url": str(image)}} for image in images]
+        for kind, given in (("video_url", self.video), ("image_url", self.image)):
+            locators = [given] if isinstance(given, str | Path) else given or []
+            parts += [{"type": kind, kind: {"url": str(locator)}} for locator in locators]
         parts.append({"type": "text", "text": self.question})
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         return from_openai([*system, {"role": "user", "content": parts}])
@@ -173,12 +174,12 @@ class Assistant:
         self,
         question: Question,
         *,
-        video: Locator | None = None,
+        video: Locator | Sequence[Locator] | None = None,
         image: Locator | Sequence[Locator] | None = None,
         sampling: FrameSampling | None = None,
         params: SamplingParams | None = None,
         system_prompt: str | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Answer:
         """Answer one question, or the last of OpenAI-style messages.
 
@@ -193,18 +194,21 @@ class Assistant:
         self,
         question: Question,
         *,
-        video: Locator | None = None,
+        video: Locator | Sequence[Locator] | None = None,
         image: Locator | Sequence[Locator] | None = None,
         sampling: FrameSampling | None = None,
         params: SamplingParams | None = None,
         system_prompt: str | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
         """Text deltas of one answer; joined they are `ask(...).text`. Errors come before the first delta."""
         prompt, params = self._prepare(AskInput(question, video, image, sampling, params, system_prompt, stop))
         text = open_text_stream(self.processor, params, stop)
         request_id = self._engine.add(prompt, params)
-        return self._deltas(request_id, text)
+        deltas = self._deltas(request_id, text)
+        # A generator that was never begun runs no `finally`: without this its request would wait for ever.
+        weakref.finalize(deltas, self._engine.abort, request_id).atexit = False
+        return deltas
 
     def answer_batch(self, inputs: Iterable[AskInput]) -> list[Answer]:
         """Answer many questions with continuous batching; one `Answer` per input, in order.

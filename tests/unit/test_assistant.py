@@ -182,6 +182,29 @@ def test_a_stop_string_ends_the_answer_and_frees_the_slot(assistant: Assistant, 
     assert [answer.text for answer in assistant.answer_batch(asks)] == [before, whole.text, before]
 
 
+def test_one_stop_text_needs_no_list_and_an_empty_one_is_refused(assistant: Assistant, clips: list[Path]) -> None:
+    whole = assistant.ask(QUESTION, video=clips[0], params=PARAMS).text
+    stop = whole[len(whole) // 2 :][:3]
+    assert assistant.ask(QUESTION, video=clips[0], params=PARAMS, stop=stop).text == whole.partition(stop)[0].strip()
+    for empty in ("", ["x", ""]):
+        with pytest.raises(ConversationError, match="stop text is empty"):
+            assistant.ask(QUESTION, stop=empty)
+
+
+def test_a_stream_that_nobody_reads_leaves_no_request_behind(assistant: Assistant) -> None:
+    assistant.stream(QUESTION, params=PARAMS)
+    assert assistant.ask(QUESTION, params=PARAMS).token_ids
+
+
+def test_several_videos_come_in_order_before_the_images(clips: list[Path]) -> None:
+    media = AskInput(QUESTION, video=clips[:2], image=["a.png"]).conversation()[1]
+    assert [(part.kind, part.url) for part in media] == [
+        ("video", str(clips[0])),
+        ("video", str(clips[1])),
+        ("image", "a.png"),
+    ]
+
+
 def test_a_folder_of_frames_is_prepared_as_images(assistant: Assistant, tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     folder.mkdir()

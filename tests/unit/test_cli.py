@@ -134,6 +134,17 @@ def test_a_window_alone_keeps_the_models_own_number_of_frames(tiny_valley: Path,
     assert sampling(*video, "--start", "1") == FrameSampling(num_frames=4, start_s=1)
     assert sampling(*video, "--num-frames", "2") == FrameSampling(num_frames=2)
     assert sampling(*video, "--fps", "2", "--end", "3") == FrameSampling(num_frames=None, fps=2, end_s=3)
+    by_directory = ("--set", "sampling.folder_order=directory", "--num-frames", "2")
+    assert sampling(*video, *by_directory) == FrameSampling(num_frames=2, folder_order="directory")
+
+
+def test_every_video_that_is_named_is_shown(tiny_valley: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ask", "--model", str(tiny_valley), QUESTION, "--json", "--max-tokens", "2"]
+    lengths = []
+    for videos in (1, 2, 3):
+        assert main([*command, *["--video", str(clip)] * videos]) == 0
+        lengths.append(json.loads(capsys.readouterr().out)["num_prompt_tokens"])
+    assert lengths[2] - lengths[1] == lengths[1] - lengths[0] > 4
 
 
 def test_mistakes_are_one_line(

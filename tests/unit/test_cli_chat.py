@@ -14,6 +14,7 @@ from clips import write_clip
 from PIL import Image
 
 from valley_ray.assistant import Assistant
+from valley_ray.chat.tokens import ADDED_TOKENS
 from valley_ray.cli.chat import Chat, Message, kept_locator
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import CorruptMediaError, PromptTooLongError
@@ -140,11 +141,19 @@ def test_an_interrupted_answer_counts_as_far_as_it_was_said() -> None:
 
 def test_a_mark_that_the_model_writes_stands_for_nothing_later() -> None:
     def stream(messages: list[Message]) -> Generator[str]:
-        yield "a <video> here"
+        yield f"a <video> {' '.join(ADDED_TOKENS)} here"
 
     chat = Chat(stream)
     chat.ask("one", lambda delta: None)
-    assert "<video>" not in chat.messages[1]["content"]
+    assert not [mark for mark in ("<video>", *ADDED_TOKENS) if mark in chat.messages[1]["content"]]
+
+
+def test_bytes_that_are_no_text_end_the_chat_in_one_line(tiny_valley: Path) -> None:
+    command = [*COMMAND, "--model", str(tiny_valley), "--max-tokens", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"\xff\n", env=environment, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1)
+    assert b"not valid UTF-8" in done.stderr
 
 
 def test_a_url_is_downloaded_once_for_all_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

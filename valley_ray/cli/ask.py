@@ -20,7 +20,13 @@ def add_to(commands: Any) -> None:
     ask.set_defaults(run=_run)
     ask.add_argument("question", help="what you want to know")
     add_assistant(ask)
-    ask.add_argument("--video", metavar="FILE", help="video file, folder of frames, data: URI or http(s) URL")
+    ask.add_argument(
+        "--video",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="video file, folder of frames, data: URI or http(s) URL; repeatable",
+    )
     ask.add_argument("--image", metavar="FILE", action="append", default=[], help="the same for an image; repeatable")
     ask.add_argument("--json", action="store_true", help="print one JSON object instead of the text as it comes")
     add_frames(ask)
@@ -30,9 +36,9 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     check_model(options.model)
     sampling = read_sampling(options)
-    if sampling is not None and options.video is None:
+    if sampling is not None and not options.video:
         raise ConfigError("--num-frames, --fps, --start and --end choose frames of a video; add --video FILE")
-    locators = [options.video] * (options.video is not None) + options.image
+    locators = options.video + options.image
     check_paths(locators)
     check_question(options.question)
     question = {

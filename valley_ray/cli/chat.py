@@ -50,8 +50,9 @@ def add_to(commands: Any) -> None:
     )
     chat.set_defaults(run=_run)
     add_assistant(chat)
-    chat.add_argument("--video", metavar="FILE", help="begin with this video, as /video does")
-    chat.add_argument("--image", metavar="FILE", action="append", default=[], help="begin with this image; repeatable")
+    for kind in ("video", "image"):
+        about = f"begin with this {kind}, as /{kind} does; repeatable"
+        chat.add_argument(f"--{kind}", metavar="FILE", action="append", default=[], help=about)
     add_frames(chat)
     add_words(chat)
 
@@ -109,16 +110,20 @@ class Chat:
 
 
 def _without_marks(text: str) -> str:
-    """A model may write "<video>"; sent back like that it would stand for media that nobody gave."""
+    """A model may write "<video>" or "<im_patch>"; sent back like that it would stand for media that nobody gave."""
     from valley_ray.chat.conversation import MEDIA_MARK
+    from valley_ray.chat.tokens import ADDED_TOKENS
 
-    return MEDIA_MARK.sub(lambda mark: mark[0].replace("<", "< "), text)
+    text = MEDIA_MARK.sub(lambda mark: mark[0].replace("<", "< "), text)
+    for token in ADDED_TOKENS:
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def _run(options: argparse.Namespace) -> int:
     check_model(options.model)
     sampling = read_sampling(options)
-    given = [("video", options.video)] * (options.video is not None) + [("image", image) for image in options.image]
+    given = [("video", video) for video in options.video] + [("image", image) for image in options.image]
     check_paths([locator for _, locator in given])
     params = read_params(options)
     with ExitStack() as stack:
@@ -162,6 +167,9 @@ def _next_line() -> str | None:
     while True:
         try:
             return input(PROMPT if sys.stdin.isatty() else "")
+        except UnicodeDecodeError as error:
+            print(f"valley-ray: error: a line is not valid UTF-8 ({error.reason}); leaving", file=sys.stderr)
+            return None
         except EOFError:
             if sys.stdin.isatty():
                 print()

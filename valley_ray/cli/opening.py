@@ -50,7 +50,7 @@ def check_paths(locators: Sequence[str]) -> None:
 
 
 def read_sampling(options: argparse.Namespace) -> "FrameSampling | None":
-    """What the options of `add_frames` say, over the model folder's own; None where they say nothing."""
+    """What the options of `add_frames` say, over --set and the model folder's own; None where they say nothing."""
     wishes = {"num_frames": options.num_frames, "fps": options.fps, "start_s": options.start, "end_s": options.end}
     given = {key: value for key, value in wishes.items() if value is not None}
     if not given:
@@ -59,7 +59,8 @@ def read_sampling(options: argparse.Namespace) -> "FrameSampling | None":
     from valley_ray.media.sampling import FrameSampling
     from valley_ray.processor import read_processor_config
 
-    own = read_processor_config(options.model if options.base is None else options.base).sampling.model_dump()
+    folder = options.model if options.base is None else options.base
+    own = read_processor_config(folder, settings=read_settings(options)).sampling.model_dump()
     if "num_frames" in given or "fps" in given:
         own.update(num_frames=None, fps=None)
     return validate_config(FrameSampling, {**own, **given}, source="the command line")
