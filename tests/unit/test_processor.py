@@ -117,6 +117,22 @@ def test_settings_replace_fields_and_are_checked(tiny_valley: Path) -> None:
             ValleyProcessor.from_pretrained(tiny_valley, settings=settings)
 
 
+def test_a_setting_inside_another_leaves_its_neighbours(tmp_path: Path) -> None:
+    folder = make_tiny_valley(tmp_path / "model")
+    path = folder / "processor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"sampling": {"num_frames": 5, "start_s": 1.0}}))
+    for setting, expected in (
+        ({"folder_order": "directory"}, FrameSampling(num_frames=5, start_s=1.0, folder_order="directory")),
+        ({"fps": 2}, FrameSampling(num_frames=None, fps=2, start_s=1.0)),
+        ({"num_frames": 2}, FrameSampling(num_frames=2, start_s=1.0)),
+    ):
+        assert ValleyProcessor.from_pretrained(folder, settings={"sampling": setting}).sampling == expected
+    crop = ValleyProcessor.from_pretrained(folder).image_crop
+    kept = ValleyProcessor.from_pretrained(folder, settings={"image_crop": {"resample": "bilinear"}}).image_crop
+    assert kept == crop.model_copy(update={"resample": "bilinear"}) != crop
+
+
 def test_stop_strings_are_the_styles_own_unless_named(processor: ValleyProcessor) -> None:
     def stops(**changes: object) -> tuple[str, ...]:
         return ValleyProcessor(processor.tokenizer, processor.config.model_copy(update=changes)).stop_strings

@@ -102,6 +102,23 @@ def test_a_lora_folder_takes_the_tokenizer_of_its_base(tmp_path: Path) -> None:
         ValleyProcessor.from_pretrained(lora)
 
 
+def test_an_adapter_on_a_base_of_our_layout_takes_its_processor(tiny_valley: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_valley)}))
+    base, opened = ValleyProcessor.from_pretrained(tiny_valley), ValleyProcessor.from_pretrained(tmp_path)
+    assert (opened.config, opened.fingerprint) == (base.config, base.fingerprint)
+
+
+def test_lora_folders_that_name_each_other_as_base_are_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, CLIP)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "other"}))
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    with pytest.raises(CheckpointError, match="out of reach"):
+        ValleyProcessor.from_pretrained(folder)
+
+
 def test_a_folder_of_neither_layout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"processor_config\.json"):
@@ -135,3 +152,4 @@ def test_the_sentencepiece_file_counts_where_a_fast_tokenizer_lies_beside_it(tmp
     assert isinstance(processor.tokenizer, SentencePieceTokenizer)
     ids = [*processor.tokenizer.encode("A red circle", add_special_tokens=False), added["[PAD]"], added["<im_patch>"]]
     assert processor.decode_raw(ids) == "A red circle <im_patch>"
+    assert processor.decode_raw([*ids, 67, 10**6, -1]) == "A red circle <im_patch>"  # rows of a padded table

@@ -65,6 +65,7 @@ class SentencePieceTokenizer:
         """Text of `token_ids`; with `skip_special_tokens` <s>, </s>, <unk> and [PAD] are left out.
 
         The other added tokens stay, with a space around them: as the slow LLaMA tokenizer of transformers 4.28 does.
+        Ids that are no token give nothing: models whose token table was padded can choose them.
         """
         special = {*self._special.values(), self.pad_token_id}
         text_of_added = {token: text for text, token in (self._special | self._added).items()}
@@ -72,7 +73,7 @@ class SentencePieceTokenizer:
         run: list[int] = []
         for token in token_ids:
             if token not in text_of_added:
-                run.append(int(token))
+                run += [int(token)] * (0 <= token < self._processor.GetPieceSize())
             elif not (skip_special_tokens and token in special):
                 parts += [*self._texts_of(run), text_of_added[token]]
                 run = []

@@ -10,7 +10,7 @@ from valley_ray.chat.tokens import Tokenizer
 from valley_ray.config import validate_config
 from valley_ray.errors import CheckpointError
 from valley_ray.processor.config import ProcessorConfig
-from valley_ray.processor.upstream import is_upstream_folder, tokenizer_folder, upstream_processor_config
+from valley_ray.processor.upstream import adapter_base, is_upstream_folder, tokenizer_folder, upstream_processor_config
 
 CONFIG_FILE = "processor_config.json"
 
@@ -18,17 +18,34 @@ CONFIG_FILE = "processor_config.json"
 def read_processor_config(folder: str | PathLike[str], *, settings: Mapping[str, Any] | None = None) -> ProcessorConfig:
     """Open processor_config.json of a model folder; a folder of upstream's layout has none and gets what upstream does.
 
-    `settings` replace fields of what is read. Raises CheckpointError naming the file that does not fit, ConfigError
+    `settings` replace fields of what is read, or fields of those (``{"sampling": {"folder_order": "directory"}}``).
+    Raises CheckpointError naming the file that does not fit, ConfigError
     naming the setting.
     """
-    path = Path(folder) / CONFIG_FILE
-    if path.is_file() or not is_upstream_folder(Path(folder)):
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        folder = adapter_base(folder) or folder
+    path = folder / CONFIG_FILE
+    if path.is_file() or not is_upstream_folder(folder):
         config = validate_config(ProcessorConfig, _values_of_file(path), source=str(path))
     else:
-        config = upstream_processor_config(Path(folder))
+        config = upstream_processor_config(folder)
     if not settings:
         return config
-    return validate_config(ProcessorConfig, {**config.model_dump(), **settings}, source="settings")
+    values = config.model_dump()
+    sampling = settings.get("sampling")
+    if isinstance(sampling, Mapping) and sampling.keys() & {"num_frames", "fps"}:
+        values["sampling"] |= {"num_frames": None, "fps": None}  # they exclude each other
+    return validate_config(ProcessorConfig, _replaced(values, settings), source="settings")
+
+
+def _replaced(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `settings`; a mapping in `settings` replaces what it names and leaves its neighbours."""
+    result = {**values}
+    for key, value in settings.items():
+        before = values.get(key)
+        result[key] = _replaced(before, value) if isinstance(value, Mapping) and isinstance(before, Mapping) else value
+    return result
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

@@ -37,17 +37,29 @@ def tokenizer_folder(folder: Path) -> Path:
 
     Raises CheckpointError where a LoRA folder has none and its base is out of reach.
     """
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES) or not (folder / _ADAPTER_FILE).is_file():
-        return folder
+    from valley_ray.model.folders import base_folder
+
+    seen: set[Path] = set()
+    found: Path | None = folder
+    while found is not None and found.resolve() not in seen:
+        if any((found / name).is_file() for name in _TOKENIZER_FILES) or not (found / _ADAPTER_FILE).is_file():
+            return found
+        seen.add(found.resolve())
+        found = base_folder(found)
+    raise CheckpointError(
+        f"{folder} has no tokenizer, and the base that its {_ADAPTER_FILE} names is out of reach; "
+        f"copy {' or '.join(_TOKENIZER_FILES)} of the base into it"
+    )
+
+
+def adapter_base(folder: Path) -> Path | None:
+    """The base of a bare adapter folder, where that is of our layout and so knows its processor itself."""
+    if (folder / "config.json").is_file():
+        return None
     from valley_ray.model.folders import base_folder
 
     base = base_folder(folder)
-    if base is None:
-        raise CheckpointError(
-            f"{folder} has no tokenizer, and the base that its {_ADAPTER_FILE} names is out of reach; "
-            f"copy {' or '.join(_TOKENIZER_FILES)} of the base into it"
-        )
-    return tokenizer_folder(base)
+    return base if base is not None and (base / "processor_config.json").is_file() else None
 
 
 def upstream_processor_config(folder: Path) -> ProcessorConfig:
@@ -68,7 +80,7 @@ def upstream_processor_config(folder: Path) -> ProcessorConfig:
         is_chinese=CHINESE in tower.name,
         max_length=_max_length(folder),
     )
-    # The form these weights were trained on; `valley` would put end tokens behind earlier answers, which they never saw.
+    # The form of their training; `valley` would put end tokens behind earlier answers, which these weights never saw.
     return own.model_copy(update={"prompt_style": "upstream-train"})
 
 
