@@ -144,9 +144,8 @@ def write_webvid_like(path: Path, num_records: int) -> None:
     def parts() -> Iterator[str]:
         for i in range(num_records):
             video = f"{i // 50 * 50 + 1:06d}_{i // 50 * 50 + 50:06d}/{10**9 + i}.mp4"
-            question = turns(
-                f"<video>\nDescribe the video concisely, in {i % 97} words if you can, please, and do not say what cannot be seen in it at all."
-            )
+            words = f"in {i % 97} words if you can, please, and do not say what cannot be seen in it at all."
+            question = turns(f"<video>\nDescribe the video concisely, {words}")
             row = {"id": f"{i:09d}", "video": video, "conversations": question}
             yield (", " if i else "") + json.dumps(row)
 

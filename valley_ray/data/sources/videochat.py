@@ -74,7 +74,7 @@ def _turns(pairs: Any) -> list[dict[str, str]]:
 
 
 def _marked(turns: Any) -> Any:
-    """`turns` with a mark for the video in the first, where no question has one; what is no list of turns stays as is."""
+    """`turns` with a mark for the video in the first, where no question has one; what is no list of turns stays."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return turns
     questions = [turn.get("value") for turn in turns if turn.get("from") != "gpt"]
