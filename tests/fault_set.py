@@ -132,12 +132,11 @@ def kill_driver(driver: "subprocess.Popen[bytes]") -> None:
 
 
 def kill_node(node: Any) -> None:
-    """SIGKILL the raylet of one node of a `ray.cluster_utils.Cluster`, and wait until its workers have followed it."""
+    """SIGKILL to one node of a `ray.cluster_utils.Cluster`: its raylet, then all that had started, as a power cut."""
     raylet = psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid)
-    workers = [child for child in raylet.children(recursive=True) if "Agent" not in child.name()]
-    raylet.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert not alive, f"{alive} outlived their node by a minute"
+    for process in (raylet, *raylet.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     node.kill_all_processes(check_alive=False)
 
 

@@ -133,7 +133,11 @@ def test_prepared_windows_train_and_another_plan_lies_beside_them(tmp_path: Path
     for name, sample in seen.items():
         assert sample.frames[0][0].mean() == pytest.approx(20 * (int(name) % 8), abs=2)
 
-    other = run(output, path, model=tiny_valley, window_size=8)
+    other = run(output, path, model=tiny_valley, window_size=8, compact=True)
+    assert len(list((output / "shards").glob("*.arrow"))) == 1, "windows of before and of now point into one shard"
+    merged, frames = ledger(output)["4.mp4"], FrameStore(output / "shards")
+    assert merged["shard"].startswith("merged-")
+    assert frames.frames(merged["shard"], merged["row"])[0].mean() == pytest.approx(80, abs=2)
     assert (other.clips_decoded, other.rows_in) == (0, 9)
     assert other.windows_dir != summary.windows_dir
     assert len(list((output / "windows").iterdir())) == 2

@@ -76,6 +76,8 @@ class PrepareConfig(DecodeSettings):
     """Shuffles the samples in each source; None: the order of the files. Sources are mixed by their weights."""
     window_size: int = Field(default=256, ge=1)
     """Samples per window."""
+    compact: bool = False
+    """Merge small shards into ones of 256 MB to 1 GB at the end; readers of the small ones are not disturbed."""
     retry_failed: bool = False
     """Decode clips again that an earlier run could not decode: after a net was down, or with more time or memory."""
 

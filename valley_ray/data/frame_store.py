@@ -1,7 +1,8 @@
 """A folder of shards: decoded clips, memory-mapped, found again after they have moved. Knows no windows, Ray or torch.
 
-    shard-*.arrow    decoded clips (schema.SHARD_SCHEMA), Arrow IPC file, uncompressed
-    moved.json       {old shard: [new shard, first row]}: where compaction has put shards that are gone
+    shard-*.arrow     decoded clips (schema.SHARD_SCHEMA), Arrow IPC file, uncompressed
+    merged-*.arrow    many of them in one (compact.py); one that moved.json does not name does not exist
+    moved.json        {old shard: [new shard, first row]}: where the rows of shards that are gone lie now
 Whoever holds the name of a shard and a row finds the frames for ever: rows never leave their order when shards merge.
 Legend: T frames, S crop side.
 """
@@ -20,7 +21,7 @@ import pyarrow as pa
 from valley_ray.errors import DataError
 
 MOVED_FILE = "moved.json"
-SHARD_PATTERN = "shard-*.arrow"
+SHARD_PATTERN, MERGED_PATTERN = "shard-*.arrow", "merged-*.arrow"
 OPEN_SHARDS = 64
 """How many shards a reader keeps mapped; a view keeps its own map alive, so evicting one is always safe."""
 
@@ -45,14 +46,27 @@ class FrameStore:
         """
         with self._lock:
             name, first_row = self._place(shard)
-            shapes, views = self._shard(name)
+            try:
+                shapes, views = self._shard(name)
+            except DataError:
+                # Compaction may have removed it just now.
+                self._moved = read_moved(self.directory)
+                if self._moved.get(shard, (name, 0))[0] == name:
+                    raise
+                name, first_row = self._moved[shard]
+                shapes, views = self._shard(name)
         return np.frombuffer(views[first_row + row], np.uint8).reshape(shapes[first_row + row])
 
     def _place(self, shard: str) -> tuple[str, int]:
-        if shard in self._open or (shard not in self._moved and (self.directory / shard).exists()):
+        """Where the rows of `shard` lie now: a shard, and the number of the first of them there."""
+        if shard in self._open:
             return shard, 0
-        if self._moved.get(shard, (shard,))[0] not in self._open:
-            self._moved = read_moved(self.directory)
+        place = self._moved.get(shard)
+        if place is not None and place[0] in self._open:
+            return place
+        if (self.directory / shard).exists():
+            return shard, 0
+        self._moved = read_moved(self.directory)
         return self._moved.get(shard, (shard, 0))
 
     def _shard(self, name: str) -> _MappedShard:
@@ -64,6 +78,14 @@ class FrameStore:
         return self._open[name]
 
 
+def shard_paths(directory: Path) -> list[Path]:
+    """Every shard of a folder that holds its rows alone, by name."""
+    moved = read_moved(directory)
+    merged = {new for new, _ in moved.values()} - moved.keys()
+    names = {path.name for path in directory.glob(SHARD_PATTERN)} - moved.keys() | merged
+    return [directory / name for name in sorted(names)]
+
+
 def read_moved(directory: Path) -> dict[str, tuple[str, int]]:
     """Old shard → (new shard, row of its first clip there); empty where nothing has moved."""
     path = directory / MOVED_FILE
@@ -72,11 +94,20 @@ def read_moved(directory: Path) -> dict[str, tuple[str, int]]:
     return {old: (new, first_row) for old, (new, first_row) in read_json(path).items()}
 
 
+def read_fingerprint(path: Path) -> str:
+    """What a shard was made with."""
+    return _fingerprint(map_table(path))
+
+
 def read_shard_records(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """The fingerprint of a shard and its rows without frames (they stay unread on disk)."""
     table = map_table(path)
-    fingerprint = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
-    return fingerprint, table.drop_columns(["frames", "pts_seconds"]).to_pylist()
+    return _fingerprint(table), table.drop_columns(["frames", "pts_seconds"]).to_pylist()
+
+
+def _fingerprint(table: pa.Table) -> str:
+    metadata: dict[bytes, bytes] = table.schema.metadata or {}
+    return metadata.get(b"fingerprint", b"").decode()
 
 
 def map_table(path: Path) -> pa.Table:

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from valley_ray.data.commit import exclusive, write_json
+from valley_ray.data.compact import compact_locked, moved_places
 from valley_ray.data.config import PrepareConfig
 from valley_ray.data.decoding import Decoding, decode_stage
 from valley_ray.data.digests import num_repeated_contents, with_digests
@@ -126,7 +127,9 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     with exclusive(output, setting="output"), exclusive(output / SHARDS_DIR, setting="output"):
         job = _read(config, output)
         outcomes, num_decoded, plan = _decode(job)
-        clips = ledger(job.clips, outcomes, job.sampling.key)
+        if config.compact:
+            compact_locked(output / SHARDS_DIR)
+        clips = moved_places(ledger(job.clips, outcomes, job.sampling.key), output / SHARDS_DIR)
         clips = with_digests(clips, _earlier_ledger(output), num_cpus=config.decode_cpus)
         samples = _samples(job, outcomes, plan)
         _replace_tables(output / CLIPS_DIR, clips)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from valley_ray.data.commit import write_json
-from valley_ray.data.frame_store import SHARD_PATTERN, read_moved
+from valley_ray.data.frame_store import shard_paths
 from valley_ray.data.journal import remove_journals
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
 from valley_ray.data.shards import STORE_FILE, StoreInfo, WindowStore
@@ -142,11 +142,8 @@ def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> dict[
     """
     columns = clips.select(["clip_id", "etag", "size_bytes"]).to_pydict()
     keys = dict(zip(columns["clip_id"], zip(columns["etag"], columns["size_bytes"], strict=True), strict=True))
-    moved = read_moved(shards_dir)
     known: dict[str, Outcome] = {}
-    for path in sorted(shards_dir.glob(SHARD_PATTERN)):
-        if path.name in moved:
-            continue
+    for path in shard_paths(shards_dir):
         try:
             made_with, outcomes = outcomes_in(path)
         except DataError as error:
