@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 import ray
@@ -38,7 +41,8 @@ CROPS = {"video_crop": Crop(size=32, short_side=32), "image_crop": Crop(size=32,
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    often = {"metrics_report_interval_ms": 500}
+    ray.init(address="local", num_cpus=2, include_dashboard=False, _system_config=often)
     yield
     ray.shutdown()
 
@@ -91,6 +95,24 @@ def test_folder_of_videos_is_decoded_and_grows_by_what_is_new(tmp_path: Path) ->
     assert store.frames(row["shard"], row["row"])[0].mean() == pytest.approx(200, abs=2)
     with exclusive(output), pytest.raises(DataError, match="choose another output"):
         run(output, videos)
+
+
+def test_progress_is_told_to_the_dashboard_and_in_plain_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        write_clip(tmp_path / f"{index}.mp4", brightness=20 * index)
+    (tmp_path / "bad.mp4").write_bytes(b"bad")
+    run(tmp_path / "out", tmp_path)
+    assert re.search(r"4/4 videos  [\d.]+ videos/s  1 failed \(media_not_recognised 1\)\n", capsys.readouterr().err)
+    node = ray.nodes()[0]
+    page, deadline = "", time.monotonic() + 30
+    while "valley_data_clips_per_second" not in page and time.monotonic() < deadline:
+        page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        time.sleep(0.2)
+    for name in ("clips_total", "clips_left", "clips_per_second", "block_seconds_bucket"):
+        assert f"ray_valley_data_{name}{{" in page
+    assert 'error_class="media_not_recognised"' in page
 
 
 def test_failed_clips_are_decoded_again_on_request_only(tmp_path: Path, tiny_valley: Path) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Generator, Sequence
 import pyarrow as pa
 import ray
 import ray.data
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from ray.util.metrics import Histogram
 
 from valley_ray.data.stages import MAX_ATTEMPTS, DecodeStage
 from valley_ray.data.windows import Outcome
-from valley_ray.errors import StorageError, ValleyError
+from valley_ray.errors import DataError, StorageError, ValleyError
 
 BLOCK_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 """Buckets of the dashboard's histogram of a block's time."""
@@ -40,6 +40,7 @@ def decode_blocks(
 
     Raises:
         StorageError: a worker could not write (a full disk, say).
+        DataError: workers died, or nodes ran out of memory, more often than they may.
         ValleyError, ray.exceptions.RayError: a task failed for another reason than its clips, or too often.
     """
     if not blocks:
@@ -76,11 +77,15 @@ def decode_blocks(
 
 
 def _error_of_user(error: RayError) -> ValleyError | None:
-    """What a task raised on purpose, or could not do for want of disk; None for whatever else ended it."""
+    """What a task raised on purpose, or could not do for want of disk or memory; None for whatever else ended it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ValleyError):
             return cause
+        if isinstance(cause, OutOfMemoryError):
+            return DataError("a node ran out of memory too often; set max_decode_tasks or sandbox.memory_bytes lower")
+        if isinstance(cause, WorkerCrashedError):
+            return DataError("decoding workers died too often before they began; their logs say why")
         if isinstance(cause, OSError) and cause.strerror:
             return StorageError(f"a worker could not write ({cause.strerror}); make room or check the folder's rights")
         cause = getattr(cause, "cause", None) or cause.__cause__
