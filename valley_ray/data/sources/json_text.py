@@ -38,7 +38,7 @@ def read_json_list(path: str) -> Iterator[Any]:
         if window.next_char():
             window.value()
             kind = "JSON lines, whose files end in .jsonl" if window.next_char() else kind
-        raise DataError(f"records {shown(path)} must be a JSON list of records, got {kind}")
+        raise DataError(f"records {shown(path)} must be a JSON list of records, got {kind}; give a file that is one")
     window.skip()
     if window.next_char() == "]":
         window.skip()
