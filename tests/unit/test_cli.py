@@ -117,7 +117,8 @@ def test_switches_to_what_the_original_does_reach_the_assistant(
     assert (shown["answer"], shown["num_prompt_tokens"]) == (expected.text, expected.num_prompt_tokens)
     assert "prompt_style='none'" in complaint(capsys, *command, "--prompt-style", "none")
     assert "did you mean 'prompt_style'" in complaint(capsys, *command, "--set", "prompt_stile=valley")
-    assert "--device banana cannot be used" in complaint(capsys, *command, "--device", "banana")
+    for device in ("banana", "meta"):
+        assert f"--device {device} cannot be used" in complaint(capsys, *command, "--device", device)
 
 
 def test_a_question_needs_no_media(tiny_valley: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Converting: a whole folder with a model card, or nothing; the four commands that write folders say what is wrong."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -93,3 +94,11 @@ def test_folders_of_the_wrong_kind_are_named(
     assert "no config.json" in complaint(capsys, "apply-delta", "--base", tiny_valley, "--delta", tmp_path, *output)
     assert "required: --base" in complaint(capsys, "apply-delta", "--delta", tmp_path, *output)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_that_is_named_after_writing_can_be_pasted(
+    tiny_valley: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tiny_valley), str(tmp_path / "a b")]) == 0
+    shown = shlex.split(capsys.readouterr().out.partition("ask it: ")[2])
+    assert shown[shown.index("--model") + 1] == str(tmp_path / "a b")

@@ -97,7 +97,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).cpu()  # "meta" makes tensors, but they hold nothing
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
     return name

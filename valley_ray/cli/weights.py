@@ -1,6 +1,7 @@
 """`valley-ray convert`, `compose`, `merge-lora`, `make-delta` and `apply-delta`: folders in, a model folder out."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,9 @@ def _run_make_delta(options: argparse.Namespace) -> int:
     from valley_ray.model.delta import make_delta
 
     make_delta(options.base, options.target, options.output)
-    print(f"wrote {options.output}; to restore the model: valley-ray apply-delta --base {options.base}", end=" ")
-    print(f"--delta {options.output} --output FOLDER")
+    base, delta = shlex.quote(str(options.base)), shlex.quote(str(options.output))
+    print(f"wrote {options.output}; to restore the model: valley-ray apply-delta --base {base}", end=" ")
+    print(f"--delta {delta} --output FOLDER")
     return 0
 
 
@@ -170,7 +172,8 @@ def _check_output(folder: Path) -> None:
 
 
 def _say_how_to_ask(folder: Path) -> None:
-    print(f'wrote {folder}; ask it: valley-ray ask --model {folder} --video CLIP.mp4 "What is moving?"')
+    quoted = shlex.quote(str(folder))
+    print(f'wrote {folder}; ask it: valley-ray ask --model {quoted} --video CLIP.mp4 "What is moving?"')
 
 
 def _check_input(folder: Path, *names: str) -> None:
