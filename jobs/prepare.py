@@ -1,9 +1,8 @@
-"""Turn videos into training shards, with every row accounted for.
+"""Turn videos into training shards, every row accounted for. Run it again to go on, or after new clips have come.
 
-    python jobs/prepare.py                                      generated clips, as jobs/configs/prepare.yaml says
-    python jobs/prepare.py --input FILE_OR_FOLDER [--input ...] --output DIR [key=value ...]
-    python jobs/prepare.py CONFIG.yaml [key=value ...]
-Run it again to go on where it was stopped, or after new clips have come.
+python jobs/prepare.py                                      generated clips, as jobs/configs/prepare.yaml says
+python jobs/prepare.py --input FILE_OR_FOLDER [--input ...] --output DIR [key=value ...]
+python jobs/prepare.py CONFIG.yaml [key=value ...]
 """
 
 import argparse

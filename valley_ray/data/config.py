@@ -84,7 +84,7 @@ class PrepareConfig(DecodeSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.model is not None and (self.video_crop is not None or self.image_crop is not None):
-            raise ValueError("video_crop and image_crop are the model's own where there is a model; leave them out")
+            raise ValueError("video_crop and image_crop are the model's own where there is a model; set them to null")
         return self
 
     def under(self, root: Path) -> Self:

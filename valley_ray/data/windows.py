@@ -29,6 +29,9 @@ from valley_ray.media.sampling import FrameSampling
 
 logger = logging.getLogger(__name__)
 
+LEDGER_ROWS = 1 << 14
+"""Rows of a ledger that are Python objects at a time."""
+
 Outcome = dict[str, Any]
 """One row of OUTCOME_SCHEMA."""
 
@@ -168,8 +171,11 @@ def remove_leftovers(directory: Path) -> None:
 
 def ledger(clips: pa.Table, outcomes: Mapping[str, Outcome], sampling: str) -> pa.Table:
     """`clips` (CLIPS_SCHEMA) with what came of them."""
-    rows = [
-        row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] in ("image", "images") else sampling}
-        for row in clips.to_pylist()
-    ]
-    return pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)
+    parts = [CLIPS_SCHEMA.empty_table()]
+    for batch in clips.to_batches(max_chunksize=LEDGER_ROWS):
+        rows = [
+            row | outcomes[row["clip_id"]] | {"sampling": "image" if row["kind"] in ("image", "images") else sampling}
+            for row in batch.to_pylist()
+        ]
+        parts.append(pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA))
+    return pa.concat_tables(parts)
