@@ -9,6 +9,8 @@ Shapes: L prompt tokens, P patch tokens, T frames, D hidden width of the languag
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from valley_ray.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,7 +29,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Temperature 0 is greedy."""
+    """How one request's tokens are chosen. Temperature 0 is greedy.
+
+    Raises ConfigError for a number outside its range.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -38,6 +43,17 @@ class SamplingParams:
     """Random numbers depend on (seed, position) alone, so that any replica reproduces them."""
     stop_token_ids: tuple[int, ...] = ()
     """End tokens; the one that ends a request is not reported as text but is an event."""
+
+    def __post_init__(self) -> None:
+        fits = {
+            "max_tokens >= 1": self.max_tokens >= 1,
+            "0 <= temperature < inf": 0 <= self.temperature < float("inf"),
+            "0 < top_p <= 1": 0 < self.top_p <= 1,
+            "top_k >= 0": self.top_k >= 0,
+        }
+        if not all(fits.values()):
+            wrong = ", ".join(rule for rule, holds in fits.items() if not holds)
+            raise ConfigError(f"sampling parameters must have {wrong}; got {self}")
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ async def _answer_request(
         params=params,
         fit_max_tokens=body.token_limit is None,
         stream=body.stream,
+        stop=body.stop_texts,
     )
 
 

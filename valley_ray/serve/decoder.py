@@ -50,7 +50,7 @@ class LanguageDecoder:
         prompt = build_prompt(self._processor, request.conversation, visual_tokens)
         fit_into = self._max_length if request.fit_max_tokens else None
         params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
-        stream = open_text_stream(self._processor, params)
+        stream = open_text_stream(self._processor, params, request.stop)
         text, num_tokens = "", 0
         async with aclosing(self._thread.generate(prompt, params)) as events:
             async for event in events:
@@ -73,7 +73,9 @@ class LanguageDecoder:
         )
 
     async def _look_at(self, media: MediaRef, request: AnswerRequest) -> torch.Tensor:
-        sampling = request.sampling or self._default_sampling
+        own = self._default_sampling
+        # What a request says is how many frames; the order of a folder's files stays the model's.
+        sampling = request.sampling.model_copy(update={"folder_order": own.folder_order}) if request.sampling else own
 
         async def pull() -> torch.Tensor:
             with unwrapped():

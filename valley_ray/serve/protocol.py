@@ -83,6 +83,12 @@ class ResponseFormat(Schema):
     type: Literal["text"]
 
 
+MAX_STOPS = 4
+"""As OpenAI's API."""
+
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
 class ChatCompletionRequest(Schema):
     """Body of `POST /v1/chat/completions`."""
 
@@ -98,6 +104,8 @@ class ChatCompletionRequest(Schema):
     """0: off. Not in OpenAI's schema."""
     seed: int | None = None
     """None: 0. The same request gives the same answer on any replica."""
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    """Texts that end the answer where they begin, beside the model's own."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     num_frames: int | None = Field(default=None, ge=1)
@@ -111,7 +119,6 @@ class ChatCompletionRequest(Schema):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    stop: Annotated[list[str], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
 
@@ -134,6 +141,11 @@ class ChatCompletionRequest(Schema):
     def token_limit(self) -> int | None:
         """The most new tokens the client wants."""
         return self.max_tokens or self.max_completion_tokens
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,8 @@ class AnswerRequest:
     """The client named no limit: lower `max_tokens` to what fits."""
     stream: bool
     """Deltas as they become certain, or one at the end."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, beside the model's own."""
 
 
 @dataclass(frozen=True)

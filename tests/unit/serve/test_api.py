@@ -87,6 +87,17 @@ async def test_fields_of_the_request_become_sampling_parameters() -> None:
     assert request.sampling.fps == 2
 
 
+async def test_stop_is_one_text_or_up_to_four() -> None:
+    for sent, expected in (("END", ("END",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())):
+        recorder = two_words()
+        assert (await send(api(recorder), json={**HELLO, "stop": sent})).status_code == 200
+        assert recorder.requests[0].stop == expected
+    for wrong in ("", [""], ["a"] * 5, 3):
+        reply = await send(api(two_words()), json={**HELLO, "stop": wrong})
+        assert reply.status_code == 400
+        assert "stop" in reply.json()["error"]["message"]
+
+
 async def test_without_fields_the_answer_is_greedy_and_its_length_is_fitted() -> None:
     recorder = two_words()
     await send(api(recorder), json=HELLO)

@@ -16,8 +16,8 @@ from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
 QUESTION = Conversation((Message("user", "What is moving?"),))
 
 
-def answered(decoder: LanguageDecoder, *, stream: bool) -> list[AnswerDelta]:
-    request = AnswerRequest("r", QUESTION, (), None, SamplingParams(max_tokens=24), False, stream)
+def answered(decoder: LanguageDecoder, *, stream: bool, stop: tuple[str, ...] = ()) -> list[AnswerDelta]:
+    request = AnswerRequest("r", QUESTION, (), None, SamplingParams(max_tokens=24), False, stream, stop)
 
     async def read() -> list[AnswerDelta]:
         return [delta async for delta in decoder.answer(request)]
@@ -53,3 +53,14 @@ def test_a_stop_string_of_the_processor_ends_a_stream(
         assert deltas[-1].num_tokens < whole[-1].num_tokens
     assert len(answered(decoder, stream=False)) == 1
     assert decoder.stats()["num_abandoned"] == 0
+
+
+def test_a_stop_text_of_the_request_ends_that_answer_alone(tiny_valley: Path, whole: list[AnswerDelta]) -> None:
+    text = "".join(delta.text for delta in whole)
+    stop = text[len(text) // 2 :][:4]
+    decoder = LanguageDecoder(ServeConfig(model=tiny_valley), SimpleNamespace())
+    for stream in (True, False):
+        deltas = answered(decoder, stream=stream, stop=("never written", stop))
+        assert "".join(delta.text for delta in deltas) == text.partition(stop)[0].strip()
+        assert deltas[-1].finish_reason == "stop"
+    assert "".join(delta.text for delta in answered(decoder, stream=True)) == text
