@@ -22,7 +22,8 @@ IGNORE_INDEX = -100
 """Label of a position that is not learned."""
 
 Features = Sequence[torch.Tensor]
-"""One tensor per clip, in the order of the visual blocks over the batch: [T, 1 + P, Dv], or its visual tokens."""
+"""One tensor per clip, in the order of the visual blocks over the batch: [T, 1 + P, Dv] (for mean pooling also its rows
+[P + T, Dv]), or its visual tokens."""
 
 
 class ValleyCore(PreTrainedModel):

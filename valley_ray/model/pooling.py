@@ -43,7 +43,9 @@ class MeanPooling(Pooling):
     """Patch tokens are the mean over time (Valley v1); the projector is linear, so the mean is taken before it."""
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """[T, 1 + P, Dv] → [P + T, Dv]."""
+        """[T, 1 + P, Dv] → [P + T, Dv]; rows of an earlier call, as a feature store keeps them, stay as they are."""
+        if features.ndim == 2:
+            return features
         return torch.cat([features[:, 1:].mean(dim=0), features[:, 0]])
 
     def tokens(self, projected: Sequence[torch.Tensor], num_frames: Sequence[int]) -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from valley_ray.model.backbones import add_tokens, embedding_dtype, grow_embeddi
 from valley_ray.model.checkpoint import load_folder
 from valley_ray.model.config import ValleyConfig
 from valley_ray.model.core import Features, ValleyCore
-from valley_ray.model.vision import build_tower, check_pixels, extract_features, vision_half
+from valley_ray.model.vision import build_tower, check_pixels, encode_frames, vision_half
 
 
 class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -145,19 +145,13 @@ class ValleyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Replace the language model's head."""
         self.core.language_model.set_output_embeddings(new_embeddings)
 
-    @torch.no_grad()
     def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features [N, 1 + P, Dv] of float `pixel_values` [N, 3, S, S] (normalised), frame token first; no gradient.
 
         Raises:
             MediaError: pixels of another shape, or rounded more coarsely than the tower computes.
         """
-        check_pixels(pixel_values, image_size=self.config.image_size, tower_dtype=self.vision_tower.dtype)
-        self.vision_tower.eval()
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        return extract_features(
-            self.vision_tower, pixel_values, layer=self.config.vision_layer, num_patches=self.config.num_patches
-        )
+        return encode_frames(self.vision_tower, pixel_values, self.config)
 
     def encode_clips(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Features of several clips ([T, 3, S, S] each, T may differ) by one pass of the tower; errors as above."""

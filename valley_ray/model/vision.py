@@ -51,6 +51,19 @@ def check_pixels(pixel_values: torch.Tensor, *, image_size: int, tower_dtype: to
         )
 
 
+@torch.no_grad()
+def encode_frames(tower: Any, pixel_values: torch.Tensor, config: Any) -> torch.Tensor:
+    """Features [N, 1 + P, Dv] of float `pixel_values` [N, 3, S, S] by the tower of a ValleyConfig; no gradient.
+
+    Raises:
+        MediaError: pixels of another shape, or rounded more coarsely than the tower computes.
+    """
+    check_pixels(pixel_values, image_size=config.image_size, tower_dtype=tower.dtype)
+    tower.eval()
+    pixel_values = pixel_values.to(tower.dtype)
+    return extract_features(tower, pixel_values, layer=config.vision_layer, num_patches=config.num_patches)
+
+
 def extract_features(tower: nn.Module, pixel_values: torch.Tensor, *, layer: int, num_patches: int) -> torch.Tensor:
     """Hidden state `layer` of the tower as [N, 1 + P, Dv], frame token first; no norm is applied to it.
 
