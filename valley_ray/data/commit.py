@@ -1,4 +1,4 @@
-"""Writes a store: shards clip by clip, windows whole, commit markers last. The layout is told in shards.py."""
+"""Writes a store: shards and features clip by clip, windows whole, commit markers last; laid out as shards.py says."""
 
 import contextlib
 import dataclasses
@@ -8,52 +8,45 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from valley_ray.data.feature_store import FEATURES_SCHEMA
 from valley_ray.data.schema import CLIPS_SCHEMA, SHARD_SCHEMA, WINDOW_SCHEMA
 from valley_ray.data.shards import FAILED_FILE, LOCK_FILE, WindowManifest, window_name
 from valley_ray.errors import DataError
 from valley_ray.media.frames import VideoFrames
 
 
-class ShardWriter:
-    """Writes one shard, a clip at a time, so that memory holds one clip and not a block of them.
+class RowWriter:
+    """Writes an Arrow IPC file a row at a time, so that memory holds one clip and not a block of them.
 
-    Use as a context manager; the shard appears under `name` when the block ends without an error, else not at all. A
-    shard of that name which has appeared meanwhile stays, and this one is dropped.
+    Use as a context manager; the file appears at `path` when the block ends without an error, else not at all. One of
+    that name which has appeared meanwhile stays, and this one is dropped.
     """
 
-    def __init__(self, directory: Path, name: str, *, fingerprint: str) -> None:
-        self.name = name
-        self._path = directory / name
-        self._temporary = _temporary(self._path)
-        self._fingerprint = fingerprint
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._temporary = _temporary(path)
+        self._schema = schema
         self._num_rows = 0
 
-    def __enter__(self) -> "ShardWriter":
-        schema = SHARD_SCHEMA.with_metadata({"fingerprint": self._fingerprint})
+    def __enter__(self) -> Self:
         self._sink = pa.OSFile(str(self._temporary), "wb")
-        self._writer = pa.ipc.new_file(self._sink, schema)
+        self._writer = pa.ipc.new_file(self._sink, self._schema)
         return self
 
-    def append(self, values: Mapping[str, Any], frames: VideoFrames | None) -> int:
-        """Add a clip: `values` holds the scalar columns of SHARD_SCHEMA that are not null; returns its row number."""
-        shape = frames.frames_THWC.shape if frames is not None else (0, 0, 0, 3)
-        data = np.ascontiguousarray(frames.frames_THWC).data.cast("B") if frames is not None else b""
-        pts = frames.pts_seconds.tolist() if frames is not None else []
-        row = (
-            dict.fromkeys(SHARD_SCHEMA.names)
-            | dict(values)
-            | {"num_frames": shape[0], "height": shape[1], "width": shape[2], "pts_seconds": pts}
-        )
+    def write(self, row: Mapping[str, Any]) -> int:
+        """Add a row, buffers for columns of large_binary; returns its number. Columns that are absent are null."""
         columns = [
-            _frames_column(data) if f.name == "frames" else pa.array([row[f.name]], f.type) for f in SHARD_SCHEMA
+            _binary_column(row[f.name]) if f.type == pa.large_binary() else pa.array([row.get(f.name)], f.type)
+            for f in self._schema
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SHARD_SCHEMA))
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self._num_rows += 1
         return self._num_rows - 1
 
@@ -63,6 +56,34 @@ class ShardWriter:
         if error_type is None:
             _publish(self._temporary, self._path)
         self._temporary.unlink(missing_ok=True)
+
+
+class ShardWriter(RowWriter):
+    """Writes one shard, clip by clip."""
+
+    def __init__(self, directory: Path, name: str, *, fingerprint: str) -> None:
+        super().__init__(directory / name, SHARD_SCHEMA.with_metadata({"fingerprint": fingerprint}))
+        self.name = name
+
+    def append(self, values: Mapping[str, Any], frames: VideoFrames | None) -> int:
+        """Add a clip: `values` holds the scalar columns of SHARD_SCHEMA that are not null; returns its row number."""
+        shape = frames.frames_THWC.shape if frames is not None else (0, 0, 0, 3)
+        data = np.ascontiguousarray(frames.frames_THWC).data.cast("B") if frames is not None else b""
+        pts = frames.pts_seconds.tolist() if frames is not None else []
+        sizes = {"num_frames": shape[0], "height": shape[1], "width": shape[2]}
+        return self.write({**values, **sizes, "pts_seconds": pts, "frames": data})
+
+
+class FeatureWriter(RowWriter):
+    """Writes the features of one shard's clips, in the order of its rows."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        super().__init__(directory / name, FEATURES_SCHEMA)
+
+    def append(self, values: Mapping[str, Any], features: npt.NDArray[Any] | None) -> int:
+        """Add a clip: `values` holds clip_id, status, error_class and error; returns its row number."""
+        data = np.ascontiguousarray(features).data.cast("B") if features is not None else b""
+        return self.write({**values, "shape": features.shape if features is not None else (), "features": data})
 
 
 @contextlib.contextmanager
@@ -131,7 +152,7 @@ def _publish(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def _frames_column(data: Any) -> pa.Array:
+def _binary_column(data: Any) -> pa.Array:
     """One large_binary value over `data`, without copying it."""
     offsets = pa.py_buffer(np.array([0, len(data)], np.int64))
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)])

@@ -73,19 +73,22 @@ def decode_blocks(
         for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield batch.to_pylist()
     except RayError as error:
-        raise _error_of_user(error) or error from None
+        raise error_of_user(error, settings="max_decode_tasks or sandbox.memory_bytes") or error from None
 
 
-def _error_of_user(error: RayError) -> ValleyError | None:
-    """What a task raised on purpose, or could not do for want of disk or memory; None for whatever else ended it."""
+def error_of_user(error: RayError, *, settings: str) -> ValleyError | None:
+    """What a task raised on purpose, or could not do for want of disk or memory; None for whatever else ended it.
+
+    `settings` are those by which a user makes the task take less memory.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ValleyError):
             return cause
         if isinstance(cause, OutOfMemoryError):
-            return DataError("a node ran out of memory too often; set max_decode_tasks or sandbox.memory_bytes lower")
+            return DataError(f"a node ran out of memory too often; set {settings} lower")
         if isinstance(cause, WorkerCrashedError):
-            return DataError("decoding workers died too often before they began; their logs say why")
+            return DataError("workers died too often before they began; their logs say why")
         if isinstance(cause, OSError) and cause.strerror:
             return StorageError(f"a worker could not write ({cause.strerror}); make room or check the folder's rights")
         cause = getattr(cause, "cause", None) or cause.__cause__

@@ -11,7 +11,6 @@
 A run that was stopped is gone on with by running it again. Needs a connected Ray.
 """
 
-import collections
 import contextlib
 import dataclasses
 import os
@@ -24,21 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from valley_ray.data.commit import exclusive, write_json
 from valley_ray.data.compact import compact_locked, moved_places
 from valley_ray.data.config import PrepareConfig
 from valley_ray.data.decoding import Decoding, decode_stage
-from valley_ray.data.digests import num_repeated_contents, with_digests
+from valley_ray.data.digests import with_digests
 from valley_ray.data.frame_store import read_json
 from valley_ray.data.metrics import DecodeProgress
 from valley_ray.data.report import write_report
-from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, PENDING, SAMPLES_SCHEMA
+from valley_ray.data.schema import CLIPS_SCHEMA, OK, PENDING, SAMPLES_SCHEMA
 from valley_ray.data.shards import WindowStore
 from valley_ray.data.sources import mixing_order, read_catalog, write_catalog
 from valley_ray.data.stages import decoder_version
+from valley_ray.data.summary import REPORT_FILE, SUMMARY_FILE, PrepareSummary, counts_by_status, counts_of_clips
 from valley_ray.data.windows import (
     Outcome,
     known_outcomes,
@@ -55,46 +54,11 @@ from valley_ray.media.sampling import FrameSampling
 if TYPE_CHECKING:
     from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
+__all__ = ["PrepareSummary", "prepare", "read_tables"]
+
 CATALOG_DIR, SHARDS_DIR, WINDOWS_DIR, CLIPS_DIR, SAMPLES_DIR = "catalog", "shards", "windows", "clips", "samples"
-SUMMARY_FILE, REPORT_FILE, RETRIED_FILE = "summary.json", "report.html", "retried.json"
+RETRIED_FILE = "retried.json"
 ROWS_PER_FILE = 1 << 17
-
-
-@dataclasses.dataclass(frozen=True)
-class PrepareSummary:
-    """What a folder holds. Rows are clips: `rows_in` = `ok` + `failed` always."""
-
-    rows_in: int
-    ok: int
-    failed: int
-    duplicates: int
-    """Rows with the bytes and the window of an earlier row; they are in ok or failed too."""
-    repeated_rows: int
-    """Rows of the ledger that name a clip, or a place in a shard, a second time: 0 unless something is broken."""
-    by_error_class: dict[str, int]
-    """Failed clips by class."""
-    samples_in: int
-    samples_ok: int
-    """Samples that can be trained on: all of their clips are ok, and their text too where a model was given."""
-    samples_failed: int
-    samples_by_error_class: dict[str, int]
-    clips_decoded: int
-    """Clips that this run decoded or tried to; the others were there."""
-    windows_dir: str | None
-    """Store for training (`data.windows_dir` in mode shards), relative to the folder; None without a model."""
-    num_windows: int
-    seconds: float
-
-    def text(self, output: Path) -> str:
-        """The lines that a user reads; `output` is the folder."""
-        classes = ", ".join(f"{name} {count}" for name, count in self.by_error_class.items())
-        train = f"train    data.mode=shards data.windows_dir={output / self.windows_dir}\n" if self.windows_dir else ""
-        return (
-            f"clips    {self.rows_in:,}: {self.ok:,} ok, {self.failed:,} failed{f' ({classes})' if classes else ''}\n"
-            f"         {self.duplicates:,} with the content of another; {self.clips_decoded:,} decoded in this run\n"
-            f"samples  {self.samples_in:,}: {self.samples_ok:,} ok, {self.samples_failed:,} failed\n{train}"
-            f"summary  {output / SUMMARY_FILE}\nreport   {output / REPORT_FILE}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +100,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         _replace_tables(output / SAMPLES_DIR, samples)
         windows_dir = _windows_dir(plan) if plan is not None else None
         summary = PrepareSummary(
-            **_counts(clips, read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)),
-            **{f"samples_{name}": value for name, value in _by_status(samples).items()},
+            **counts_of_clips(clips, read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)),
+            **{f"samples_{name}": value for name, value in counts_by_status(samples).items()},
             clips_decoded=num_decoded,
             windows_dir=windows_dir,
             num_windows=len(plan.windows) if plan is not None else 0,
@@ -273,26 +237,3 @@ def _replace_tables(directory: Path, table: pa.Table) -> None:
         pq.write_table(table.slice(first, ROWS_PER_FILE), path)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
-
-
-def _by_status(table: pa.Table) -> dict[str, Any]:
-    failed = table.filter(pc.equal(table["status"], FAILED))
-    classes = collections.Counter(failed["error_class"].to_pylist())
-    return {
-        "in": table.num_rows,
-        "ok": pc.sum(pc.equal(table["status"], OK)).as_py() or 0,
-        "failed": failed.num_rows,
-        "by_error_class": dict(classes.most_common()),
-    }
-
-
-def _counts(clips: pa.Table, written: pa.Table) -> dict[str, Any]:
-    """Counts of the ledger, as it can be read back."""
-    counts = _by_status(written)
-    distinct = (written.group_by(columns).aggregate([]).num_rows for columns in (["clip_id"], ["shard", "row"]))
-    return {
-        "rows_in": counts.pop("in"),
-        **counts,
-        "duplicates": num_repeated_contents(clips),
-        "repeated_rows": written.num_rows - min(distinct),
-    }

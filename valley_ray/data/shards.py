@@ -150,6 +150,12 @@ class WindowStore:
         path = self.directory / STORE_FILE
         return StoreInfo(**read_json(path)) if path.exists() else None
 
+    @property
+    def shards_dir(self) -> Path:
+        """Folder of the shards that the windows point into."""
+        info = self.info()
+        return self.directory / (info.shards_dir if info is not None else ".")
+
     def failure(self) -> str | None:
         """Why the producer gave up, or None."""
         path = self.directory / FAILED_FILE
@@ -217,8 +223,7 @@ class WindowStore:
         """Frames of one decoded clip: uint8 [T, S, S, 3], a read-only view into the mapped shard."""
         with self._lock:
             if self._frames is None:
-                info = self.info()
-                self._frames = FrameStore(self.directory / (info.shards_dir if info is not None else "."))
+                self._frames = FrameStore(self.shards_dir)
         return self._frames.frames(shard, row)
 
 

@@ -94,7 +94,7 @@ def test_interrupted_anywhere_it_is_gone_on_with(tmp_path: Path, step: str, monk
 
 def test_reader_that_meets_the_removal_finds_the_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [write_shard(tmp_path, number) for number in range(2)]
-    reader, real = FrameStore(tmp_path), frame_store._map_frames
+    real = frame_store._map_frames
 
     def compacted_just_now(path: Path) -> object:
         if path.name == names[1]:
@@ -102,6 +102,7 @@ def test_reader_that_meets_the_removal_finds_the_new_place(tmp_path: Path, monke
         return real(path)
 
     monkeypatch.setattr(frame_store, "_map_frames", compacted_just_now)
+    reader = FrameStore(tmp_path)
     assert value(reader, names[1], 2) == 12
     with pytest.raises(DataError, match="shard-nowhere"):
         reader.frames("shard-nowhere.arrow", 0)

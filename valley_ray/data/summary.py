@@ -1,0 +1,75 @@
+"""What a prepared folder holds, in numbers. Knows the tables."""
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from valley_ray.data.digests import num_repeated_contents
+from valley_ray.data.schema import FAILED, OK
+
+SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSummary:
+    """What a folder holds. Rows are clips: `rows_in` = `ok` + `failed` always."""
+
+    rows_in: int
+    ok: int
+    failed: int
+    duplicates: int
+    """Rows with the bytes and the window of an earlier row; they are in ok or failed too."""
+    repeated_rows: int
+    """Rows of the ledger that name a clip, or a place in a shard, a second time: 0 unless something is broken."""
+    by_error_class: dict[str, int]
+    """Failed clips by class."""
+    samples_in: int
+    samples_ok: int
+    """Samples that can be trained on: all of their clips are ok, and their text too where a model was given."""
+    samples_failed: int
+    samples_by_error_class: dict[str, int]
+    clips_decoded: int
+    """Clips that this run decoded or tried to; the others were there."""
+    windows_dir: str | None
+    """Store for training (`data.windows_dir` in mode shards), relative to the folder; None without a model."""
+    num_windows: int
+    seconds: float
+
+    def text(self, output: Path) -> str:
+        """The lines that a user reads; `output` is the folder."""
+        classes = ", ".join(f"{name} {count}" for name, count in self.by_error_class.items())
+        train = f"train    data.mode=shards data.windows_dir={output / self.windows_dir}\n" if self.windows_dir else ""
+        return (
+            f"clips    {self.rows_in:,}: {self.ok:,} ok, {self.failed:,} failed{f' ({classes})' if classes else ''}\n"
+            f"         {self.duplicates:,} with the content of another; {self.clips_decoded:,} decoded in this run\n"
+            f"samples  {self.samples_in:,}: {self.samples_ok:,} ok, {self.samples_failed:,} failed\n{train}"
+            f"summary  {output / SUMMARY_FILE}\nreport   {output / REPORT_FILE}"
+        )
+
+
+def counts_by_status(table: pa.Table) -> dict[str, Any]:
+    """in, ok, failed and by_error_class of clips or samples."""
+    failed = table.filter(pc.equal(table["status"], FAILED))
+    classes = collections.Counter(failed["error_class"].to_pylist())
+    return {
+        "in": table.num_rows,
+        "ok": pc.sum(pc.equal(table["status"], OK)).as_py() or 0,
+        "failed": failed.num_rows,
+        "by_error_class": dict(classes.most_common()),
+    }
+
+
+def counts_of_clips(clips: pa.Table, written: pa.Table) -> dict[str, Any]:
+    """Counts of the ledger, as it can be read back."""
+    counts = counts_by_status(written)
+    distinct = (written.group_by(columns).aggregate([]).num_rows for columns in (["clip_id"], ["shard", "row"]))
+    return {
+        "rows_in": counts.pop("in"),
+        **counts,
+        "duplicates": num_repeated_contents(clips),
+        "repeated_rows": written.num_rows - min(distinct),
+    }
