@@ -21,7 +21,8 @@ from valley_ray.media.sampling import FrameSampling
 if TYPE_CHECKING:
     from valley_ray.processor import ProcessorConfig
 
-BLOCKS_PER_CPU = 4
+BLOCKS_PER_CPU = 2
+"""Blocks that the rest of the clips is enough for, on every CPU: the last blocks are small and end together."""
 SMALLEST_BLOCK = 4
 """Clips per task that are worth a task."""
 
@@ -50,8 +51,7 @@ class Decoding:
     ) -> None:
         self.outcomes = known
         self.num_known = len(known)
-        size = _block_size(clips.num_rows - len(known), settings)
-        blocks = [block for window in windows for block in blocks_of(window, clips, known, size)]
+        blocks = list(blocks_of(windows, clips, known, _size_of(settings)))
         self.num_blocks = len(blocks)
         self._on_outcomes = on_outcomes
         self._metrics = DecodeMetrics(sum(block.num_rows for block in blocks))
@@ -61,7 +61,7 @@ class Decoding:
             num_cpus=settings.decode_cpus,
             max_tasks=settings.max_decode_tasks,
             retries=settings.task_retries,
-            block_size=size,
+            block_size=settings.block_size,
         )
 
     def __enter__(self) -> Self:
@@ -100,11 +100,15 @@ class Decoding:
             self._on_outcomes(new)
 
 
-def _block_size(num_clips: int, settings: DecodeSettings) -> int:
-    """Smaller blocks where there are too few clips to keep every CPU busy with several whole ones."""
+def _size_of(settings: DecodeSettings) -> Callable[[int], int]:
+    """Clips in a block, given how many are left: fewer where they no longer keep every CPU busy with whole ones."""
     num_cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    share = -(-num_clips // (BLOCKS_PER_CPU * num_cpus))
-    return min(settings.block_size, max(SMALLEST_BLOCK, share))
+
+    def size_of(num_left: int) -> int:
+        share = -(-num_left // (BLOCKS_PER_CPU * num_cpus))
+        return min(settings.block_size, max(SMALLEST_BLOCK, share))
+
+    return size_of
 
 
 def decode_stage(

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from valley_ray.data.execution import cpus_of_one_node
 from valley_ray.data.schema import CLIPS_SCHEMA, uris_of
 
 DIGEST_BYTES = 16
 FILES_PER_TASK = 64
 TASKS_AHEAD = 64
-"""Tasks that are handed to Ray before the first result is waited for."""
+"""Tasks that are handed to Ray before the first result is waited for; on one node no more than it has CPUs."""
 
 
 def with_digests(clips: pa.Table, earlier: pa.Table, *, num_cpus: float) -> pa.Table:
@@ -64,10 +65,11 @@ def _digests(files: Sequence[Sequence[str]], *, num_cpus: float) -> list[str]:
 
 
 def _in_order(results: Iterable["ray.ObjectRef[list[str]]"]) -> Generator[list[str], None, None]:
+    ahead = cpus_of_one_node() or TASKS_AHEAD
     waiting: list[ray.ObjectRef[list[str]]] = []
     for result in results:
         waiting.append(result)
-        if len(waiting) > TASKS_AHEAD:
+        if len(waiting) >= ahead:
             yield ray.get(waiting.pop(0))
     yield from ray.get(waiting)
 

@@ -183,6 +183,8 @@ class DecodeStage:
         parts = [
             sandbox.frames(source, sampling, crop=crop, name=name) for source, name in zip(sources, names, strict=True)
         ]
+        if len(parts) == 1:
+            return parts[0]
         if len({part.frames_THWC.shape[1:] for part in parts}) > 1:
             raise CorruptMediaError(f"{names[0]} ...: the images of one clip differ in size; ask for a crop or stretch")
         frames_THWC = np.concatenate([part.frames_THWC for part in parts])

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,24 @@ def plan_windows(
 
 
 def blocks_of(
-    window: PlannedWindow, clips: pa.Table, done: Mapping[str, Outcome], block_size: int
+    windows: Iterable[PlannedWindow], clips: pa.Table, done: Mapping[str, Outcome], size_of: Callable[[int], int]
 ) -> Iterator[pa.Table]:
-    """The clips of `window` that are still to be decoded, as tables of BLOCK_SCHEMA with at most `block_size` rows."""
+    """The clips of `windows` that are still to be decoded, as tables of BLOCK_SCHEMA; no block spans two windows.
+
+    Args:
+        size_of: the most rows of a block, given how many rows are left from its first one to the last of all windows.
+    """
     columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
-    rows = [row for row in clips.select(columns).take(window.clips).to_pylist() if row["clip_id"] not in done]
-    for block, first in enumerate(range(0, len(rows), block_size)):
-        part = [{"window": window.index, "block": block, **row} for row in rows[first : first + block_size]]
-        yield pa.Table.from_pylist(part, schema=BLOCK_SCHEMA)
+    num_left = clips.num_rows - len(done)
+    for window in windows:
+        rows = [row for row in clips.select(columns).take(window.clips).to_pylist() if row["clip_id"] not in done]
+        block = first = 0
+        while first < len(rows):
+            part = rows[first : first + size_of(num_left)]
+            yield pa.Table.from_pylist(
+                [{"window": window.index, "block": block, **row} for row in part], schema=BLOCK_SCHEMA
+            )
+            block, first, num_left = block + 1, first + len(part), num_left - len(part)
 
 
 def check_order(order: Sequence[int] | npt.NDArray[np.int64], num_samples: int) -> npt.NDArray[np.int64]:

@@ -36,16 +36,29 @@ def test_clip_belongs_to_the_first_window_that_shows_it() -> None:
     ]
     names = clips["uri"].to_pylist()
     assert [[names[row] for row in w.clips] for w in planned] == [["b"], ["a", "c"], []]
-    assert [list(windows.blocks_of(w, clips, {}, 2)) for w in planned[2:]] == [[]], "a window may need no clip"
+    assert list(windows.blocks_of(planned[2:], clips, {}, lambda _: 2)) == [], "a window may need no clip"
 
 
 def test_blocks_hold_only_clips_that_are_still_missing() -> None:
     clips, samples = make_tables([["a", "b", "c", "d"]])
     [window] = windows.plan_windows(clips, samples, np.array([0]), 8)
     done = {clips["clip_id"][1].as_py(): {}}
-    blocks = list(windows.blocks_of(window, clips, done, 2))
+    blocks = list(windows.blocks_of([window], clips, done, lambda _: 2))
     assert [block["uri"].to_pylist() for block in blocks] == [["a", "c"], ["d"]]
     assert [set(block["block"].to_pylist()) for block in blocks] == [{0}, {1}]
+
+
+def test_blocks_span_no_windows_and_may_become_smaller_towards_the_end() -> None:
+    clips, samples = make_tables([["a", "b", "c"], ["d", "e", "f", "g"]])
+    planned = windows.plan_windows(clips, samples, np.array([0, 1]), 1)
+    blocks = list(windows.blocks_of(planned, clips, {}, lambda num_left: max(1, num_left // 2)))
+    assert [block["uri"].to_pylist() for block in blocks] == [["a", "b", "c"], ["d", "e"], ["f"], ["g"]]
+    assert [(block["window"][0].as_py(), block["block"][0].as_py()) for block in blocks] == [
+        (0, 0),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
 
 
 @pytest.mark.parametrize("order", [[0, 1], [0, 1, 1], [0, 1, 3], [0, 1, 2, 3]])
