@@ -193,6 +193,12 @@ class DataError(ValleyError):
     code = "invalid_data"
 
 
+class FeatureRangeError(DataError):
+    """Features that the number format they are stored in cannot hold."""
+
+    code = "features_out_of_range"
+
+
 class TrainingError(ValleyError):
     """A training run that cannot start or go on (too little data, non-finite loss)."""
 

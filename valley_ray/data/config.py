@@ -1,11 +1,12 @@
 """What a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from valley_ray.config import Config
+from valley_ray.data.feature_store import Dtype, Form
 from valley_ray.data.sources.config import SourceConfig
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.decode import Backend
@@ -81,8 +82,24 @@ class PrepareConfig(DecodeSettings):
     retry_failed: bool = False
     """Decode clips again that an earlier run could not decode: after a net was down, or with more time or memory."""
 
+    features: Form | Literal["off"] = "off"
+    """Run the model's tower over all clips once and keep its features beside the shards: no training over them does so
+    again. pooled: means over time, less than the frames, for mean pooling alone; full: for every pooling, more."""
+    features_dtype: Dtype = "float16"
+    """Numbers of features: float16 for half the bytes, float32 where training shall not differ by a bit."""
+    feature_batch_frames: int = Field(default=32, ge=1)
+    """Frames in one pass of the tower."""
+    feature_actors: int | None = Field(default=None, ge=1)
+    """Actors that hold the tower; None: as many as fit."""
+    feature_cpus: float = Field(default=1, gt=0)
+    """CPUs that each of them reserves."""
+    feature_gpus: float = Field(default=0, ge=0)
+    """GPUs that each of them reserves; 0: the tower runs on the CPU."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.features != "off" and self.model is None:
+            raise ValueError(f"features={self.features} needs model, the folder whose tower makes them")
         if self.model is not None and (self.video_crop is not None or self.image_crop is not None):
             raise ValueError("video_crop and image_crop are the model's own where there is a model; set them to null")
         return self

@@ -41,7 +41,8 @@ class DecodeMetrics:
 class DecodeProgress:
     """Videos per second, failures and the time that is left: a bar in a terminal, else a line every few seconds."""
 
-    def __init__(self, num_clips: int, num_known: int, *, stream: TextIO | None = None) -> None:
+    def __init__(self, num_clips: int, num_known: int, *, what: str = "videos", stream: TextIO | None = None) -> None:
+        self._what = what
         self._stream = stream if stream is not None else sys.stderr
         self._num_clips, self._num_known = num_clips, num_known
         self._num_done = num_known
@@ -51,7 +52,7 @@ class DecodeProgress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_clips, initial=num_known, unit=" videos", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=num_clips, initial=num_known, unit=f" {what}", file=self._stream, dynamic_ncols=True)
 
     def count(self, outcomes: Sequence[dict[str, Any]]) -> None:
         """Take in the outcomes of a block."""
@@ -77,7 +78,9 @@ class DecodeProgress:
         rate = (self._num_done - self._num_known) / seconds
         left = self._num_clips - self._num_done
         eta = f"  ETA {_clock(left / rate)}" if left and rate else ""
-        return f"{self._num_done:,}/{self._num_clips:,} videos  {rate:.1f} videos/s  {self._failures()}{eta}"
+        return (
+            f"{self._num_done:,}/{self._num_clips:,} {self._what}  {rate:.1f} {self._what}/s  {self._failures()}{eta}"
+        )
 
     def _failures(self) -> str:
         most = ", ".join(f"{name} {count}" for name, count in self._failed.most_common(3))

@@ -1,7 +1,8 @@
 """Sources → a prepared data set in one folder, in which every row is accounted for.
 
     catalog/      what the sources hold (sources/catalog.py)
-    shards/       decoded clips (frame_store.py); any later run over the same clips takes them from here
+    shards/       decoded clips (frame_store.py); any later run over the same clips takes them from here. Beside them,
+                  where they are asked for, features of a model's tower (feature_store.py)
     windows/ID/   tokenized samples for training, where a model is given; a folder for each plan (shards.py)
     clips/        the ledger: a row per clip, what came of it and where its frames lie (CLIPS_SCHEMA, Parquet)
     samples/      a row per sample (SAMPLES_SCHEMA, Parquet)
@@ -30,6 +31,8 @@ from valley_ray.data.compact import compact_locked, moved_places
 from valley_ray.data.config import PrepareConfig
 from valley_ray.data.decoding import Decoding, decode_stage
 from valley_ray.data.digests import with_digests
+from valley_ray.data.feature_store import FeatureSet
+from valley_ray.data.features import feature_set, features_of_clips
 from valley_ray.data.frame_store import read_json
 from valley_ray.data.metrics import DecodeProgress
 from valley_ray.data.report import write_report
@@ -73,6 +76,7 @@ class _Job:
     processing: "ProcessorConfig"
     processor: "ValleyProcessor | None"
     sampling: FrameSampling
+    features: FeatureSet | None
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
@@ -82,8 +86,9 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
 
     Raises:
         DataError: a source cannot be read or is empty, or another run writes to the folder.
-        CheckpointError: the model folder's processor cannot be opened.
-        ConfigError: the video decoder is not installed, or the crops give frames of many sizes.
+        CheckpointError: the model folder's processor, or the tower for features, cannot be opened.
+        ConfigError: the video decoder is not installed, the crops give frames of many sizes, or features were asked
+            for that the model cannot use.
         StorageError: the disk is full or cannot be written.
     """
     start = time.perf_counter()
@@ -91,6 +96,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     with exclusive(output, setting="output"), exclusive(output / SHARDS_DIR, setting="output"):
         job = _read(config, output)
         outcomes, num_decoded, plan = _decode(job)
+        features = features_of_clips(outcomes, output / SHARDS_DIR, job.features, config)
         if config.compact:
             compact_locked(output / SHARDS_DIR)
         clips = moved_places(ledger(job.clips, outcomes, job.sampling.key), output / SHARDS_DIR)
@@ -102,6 +108,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         summary = PrepareSummary(
             **counts_of_clips(clips, read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)),
             **{f"samples_{name}": value for name, value in counts_by_status(samples).items()},
+            **{f"features_{name}": value for name, value in dataclasses.asdict(features).items()},
             clips_decoded=num_decoded,
             windows_dir=windows_dir,
             num_windows=len(plan.windows) if plan is not None else 0,
@@ -128,7 +135,7 @@ def _read(config: PrepareConfig, output: Path) -> _Job:
     counts = [source.num_samples for source in catalog.sources]
     order = mixing_order([source.weight for source in catalog.sources], counts, config.seed)
     sampling = config.sampling if config.sampling is not None else processing.sampling
-    return _Job(config, output, clips, samples, order, processing, processor, sampling)
+    return _Job(config, output, clips, samples, order, processing, processor, sampling, feature_set(config))
 
 
 def _processing(config: PrepareConfig) -> tuple["ProcessorConfig", "ValleyProcessor | None"]:

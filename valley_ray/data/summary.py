@@ -34,6 +34,13 @@ class PrepareSummary:
     samples_by_error_class: dict[str, int]
     clips_decoded: int
     """Clips that this run decoded or tried to; the others were there."""
+    features_dir: str | None
+    """Features of the model's tower, in the folder of the shards; None where none were asked for."""
+    features_ok: int
+    features_failed: int
+    """Clips without features: what failed before or in the tower. All clips are in one of the two."""
+    features_made: int
+    """Features that this run made; the others were there."""
     windows_dir: str | None
     """Store for training (`data.windows_dir` in mode shards), relative to the folder; None without a model."""
     num_windows: int
@@ -42,10 +49,13 @@ class PrepareSummary:
     def text(self, output: Path) -> str:
         """The lines that a user reads; `output` is the folder."""
         classes = ", ".join(f"{name} {count}" for name, count in self.by_error_class.items())
+        made = f"{self.features_made:,} made in this run"
+        features = f"features {self.features_ok:,} ok, {self.features_failed:,} failed; {made}\n"
         train = f"train    data.mode=shards data.windows_dir={output / self.windows_dir}\n" if self.windows_dir else ""
         return (
             f"clips    {self.rows_in:,}: {self.ok:,} ok, {self.failed:,} failed{f' ({classes})' if classes else ''}\n"
             f"         {self.duplicates:,} with the content of another; {self.clips_decoded:,} decoded in this run\n"
+            f"{features if self.features_dir else ''}"
             f"samples  {self.samples_in:,}: {self.samples_ok:,} ok, {self.samples_failed:,} failed\n{train}"
             f"summary  {output / SUMMARY_FILE}\nreport   {output / REPORT_FILE}"
         )
