@@ -87,6 +87,9 @@ class DataConfig(Config):
     """Store of committed windows; required for mode shards. In mode overlap the pipeline names it."""
     pipeline: dict[str, Any] | None = None
     """Mode overlap: the settings of `valley_ray.data.pipeline.PipelineConfig`."""
+    features: Literal["stored", "computed"] = "stored"
+    """stored: where features of this model's tower lie beside the shards (`PrepareConfig.features`), they are read
+    instead of frames, and clips without any go through the tower; computed: all clips do."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -18,12 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from valley_ray.data.feature_store import FeatureStore
 from valley_ray.data.shards import Sample, StoreInfo, Window, WindowStore
 from valley_ray.errors import DataError, TrainingError, ValleyError
 from valley_ray.train.packing import MicroBatch, collate, make_clip
 from valley_ray.train.plan import StagePlan, StepPlan
 
 POLL_S = 0.1
+
+ClipKey = tuple[str, int]
+"""Shard and row of a clip."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,12 @@ class SampleIndex:
         tokens = sum(int(self._windows[window].num_tokens[row]) for window, row in places)
         return tokens, sum(int(self._windows[window].num_label_tokens[row]) for window, row in places)
 
-    def sample(self, number: int) -> tuple[Sample, list[Hashable]]:
+    @property
+    def shards_dir(self) -> Path:
+        """Folder of the shards that the samples point into; known once `info` is."""
+        return self._store.shards_dir
+
+    def sample(self, number: int) -> tuple[Sample, list[ClipKey]]:
         """A sample and the keys of its clips."""
         window, row = self._place(number)
         clips = self._windows[window].table["clips"][row].as_py()
@@ -121,7 +130,7 @@ class FeatureCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> torch.Tensor | None:
-        """Features [T, 1+P, Dv], or None."""
+        """Features of one clip, or None."""
         with self._lock:
             features = self._entries.get(key)
             if features is not None:
@@ -154,6 +163,8 @@ class FeedSettings:
     """uint8 [T, S, S, 3] → float32 [T, 3, S, S]"""
     prefetch_steps: int
     timeout_s: float
+    stored: FeatureStore | None = None
+    """Features that lie beside the shards."""
 
 
 class Feeder:
@@ -246,6 +257,14 @@ class Feeder:
             sample, keys = self._index.sample(number)
             samples.append(sample)
             for key, frames in zip(keys, sample.frames, strict=True):
-                features = self._cache.get(key)
-                clips.append(make_clip(key, frames, pixel_values=self._settings.pixel_values, features=features))
+                clips.append(
+                    make_clip(key, frames, pixel_values=self._settings.pixel_values, features=self._features(key))
+                )
         return collate(samples, clips, pad_token_id=self._settings.pad_token_id)
+
+    def _features(self, key: ClipKey) -> torch.Tensor | None:
+        """Features of a clip from memory or from beside the shards, read here rather than in the loop's time."""
+        features, stored = self._cache.get(key), self._settings.stored
+        if features is None and stored is not None and (array := stored.features(*key)) is not None:
+            features = torch.from_numpy(array.copy())
+        return features

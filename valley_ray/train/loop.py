@@ -6,6 +6,7 @@ through the plan. The tower stays outside the engine; its features are computed 
 
 import hashlib
 import json
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ import torch
 import torch.distributed
 import transformers
 
+from valley_ray.data.feature_store import FeatureStore, feature_sets
 from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.model.frozen_tower import tower_key
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, put_trained, restore, save
 from valley_ray.train.config import StageConfig, TrainConfig
@@ -29,6 +32,8 @@ from valley_ray.train.packing import MicroBatch
 from valley_ray.train.plan import StagePlan
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.zero import ZeroEngine, build_engine
+
+logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003
 """Between the seeds of two steps, so that runs whose seeds are neighbours share none."""
@@ -88,6 +93,7 @@ class _Worker:
         self._num_rows = info.num_samples
         self._run_key = _run_key(task.config, info.fingerprint)
         self._cache = FeatureCache(task.config.feature_cache_bytes)
+        self._num_encoded = 0
         self._meter = Meter()
         self._log: MetricsLog | None = None
         self._trained: dict[str, torch.Tensor] = {}
@@ -119,7 +125,9 @@ class _Worker:
             stage_step = restored.progress.stage_step
         self._meter.start_stage()
         every = self._config.checkpoint_every
-        with Feeder(stage.plan, self._index, self._cache, self._feed_settings(), first_step=stage_step) as feeder:
+        with Feeder(
+            stage.plan, self._index, self._cache, self._feed_settings(stage.model), first_step=stage_step
+        ) as feeder:
             for batches in feeder:
                 self._train(stage, batches, feeder)
                 stage_step = batches.index + 1
@@ -187,14 +195,15 @@ class _Worker:
         return loss.detach()
 
     def _features(self, model: ValleyForConditionalGeneration, micro_batch: MicroBatch) -> list[torch.Tensor]:
-        """Tower features [T, 1+P, Dv] of every visual block, in order."""
+        """Tower features of every visual block, in order: [T, 1+P, Dv], or as they were stored."""
         missing = [clip for clip in micro_batch.clips if clip.pixel_values is not None]
         pixels = [clip.pixel_values.to(self._device) for clip in missing if clip.pixel_values is not None]
         encoded = dict(zip(map(id, missing), model.encode_clips(pixels), strict=True)) if pixels else {}
+        self._num_encoded += len(missing)
         for clip in missing:
             self._cache.put(clip.key, encoded[id(clip)])
         found = [encoded.get(id(clip), clip.features) for clip in micro_batch.clips]
-        return [features for features in found if features is not None]
+        return [features.to(self._device) for features in found if features is not None]
 
     def _metrics(
         self, stage: _Stage, batches: StepBatches, scale: float, grad_norm: float, wait_s: float
@@ -209,6 +218,7 @@ class _Worker:
             grad_norm=grad_norm,
             rss_bytes=peak_rss_bytes(),
             cuda_bytes=torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0,
+            clips_encoded=self._num_encoded,
             **self._meter.rates(wait_s=wait_s),
         )
 
@@ -229,7 +239,21 @@ class _Worker:
             f"{path.parent}/nonfinite-rank*.json; lower learning_rate or remove them"
         )
 
-    def _feed_settings(self) -> FeedSettings:
+    def _stored_features(self, model: ValleyForConditionalGeneration) -> FeatureStore | None:
+        """Features beside the shards that are this model's own; None where there are none, or they are not wanted."""
+        shards_dir, processor = self._index.shards_dir, self._processor
+        if self._config.data.features == "computed" or not (sets := feature_sets(shards_dir)):
+            return None
+        key = tower_key(
+            model.vision_tower, model.config, image_mean=processor.image_mean, image_std=processor.image_std
+        )
+        stored = FeatureStore.of_tower(shards_dir, key, takes_pooled=model.config.pooling == "mean")
+        if self._rank == 0:
+            names = ", ".join(one.name for one in (stored.sets if stored is not None else sets))
+            logger.info("features beside the shards are %s: %s", "used" if stored else "no use to this model", names)
+        return stored
+
+    def _feed_settings(self, model: ValleyForConditionalGeneration) -> FeedSettings:
         return FeedSettings(
             rank=self._rank,
             world=self._world,
@@ -237,6 +261,7 @@ class _Worker:
             pixel_values=self._processor.pixel_values,
             prefetch_steps=self._config.prefetch_steps,
             timeout_s=self._config.timeout_s,
+            stored=self._stored_features(model),
         )
 
 

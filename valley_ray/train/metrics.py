@@ -37,6 +37,8 @@ class StepMetrics:
     """Largest GPU memory of this worker so far; 0 without one."""
     seconds: float
     """Since the run began (this attempt)."""
+    clips_encoded: int = 0
+    """Clips that this worker's tower has run on so far (this attempt); 0 where all features were stored."""
 
 
 class Meter:

@@ -18,14 +18,14 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One visual block, as pixels or as features that an earlier batch has computed."""
+    """One visual block, as pixels or as features that were computed before."""
 
     key: Hashable
     """Names the clip within the store."""
     pixel_values: torch.Tensor | None
     """float32 [T, 3, S, S]"""
     features: torch.Tensor | None = None
-    """[T, 1+P, Dv]"""
+    """[T, 1+P, Dv], for mean pooling also its rows [P+T, Dv]"""
 
 
 @dataclass(frozen=True, eq=False)
