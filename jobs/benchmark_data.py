@@ -1,9 +1,15 @@
-"""CPU time per video of our decoder against decord + PIL + numpy: python jobs/benchmark_data.py
+"""What decoding costs: our decoder against decord + PIL + numpy, and Ray against a plain loop and a pool of processes.
 
-Options as key=value (num_rounds=5 num_rounds_real=15 num_clips=2 clip_s=60 videos=../shared/videos). Real videos, and
-generated 1080p clips with long groups of pictures, with 3 B-frames and with none; about four minutes on free cores,
-less when the clips are there already. The last line of stdout is one JSON object; ratios are CPU per video of the
-reference over ours.
+python jobs/benchmark_data.py [key=value ...]
+
+Options: num_rounds=5 num_rounds_real=15 num_clips=2 clip_s=60 videos=../shared/videos, and of the second half
+num_videos=408 num_rounds_prepare=3. First the decoder alone, on real videos and on generated 1080p clips with long
+groups of pictures, with 3 B-frames and with none; then `prepare` over many videos. Less than ten minutes on two free
+cores. The last line of stdout is one JSON object:
+cpu_ratio_*           CPU per video of the reference over ours
+ray_cpu_efficiency    CPU of a plain loop of our decoder over that of prepare: driver, workers and decoding children
+ray_wall_vs_pool      wall time of multiprocessing's Pool(2) over that of prepare on two CPUs, both started and warm
+second_epoch_decodes  clips that another plan over decoded videos decodes again
 """
 
 import json
@@ -14,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
 
 from valley_ray.config import load_config
 from valley_ray.errors import ValleyError
-from valley_ray.evaluate.decode_cost import DecodeCost, decode_numbers
+from valley_ray.evaluate.decode_cost import decode_numbers
+from valley_ray.evaluate.prepare_cost import PrepareCost, prepare_numbers
 
 
 def main() -> int:
@@ -23,13 +30,18 @@ def main() -> int:
         print(__doc__.strip())
         return 0
     try:
-        config = load_config(DecodeCost, overrides=sys.argv[1:])
-        numbers = decode_numbers(config, say=lambda line: print(line, flush=True))
+        config = load_config(PrepareCost, overrides=sys.argv[1:])
+        decoding = decode_numbers(config, say=_say)
+        numbers = decoding | prepare_numbers(config, say=_say)
     except ValleyError as error:
         print(f"benchmark_data: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(numbers))
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":
