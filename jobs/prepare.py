@@ -19,7 +19,7 @@ GENERATED = Path(__file__).parent / "configs" / "prepare.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0, or 2 with one line on stderr for a user's mistake."""
+    """Exit status 0, 2 with one line on stderr for a user's mistake, or 130 with one line for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--input", action="append", default=[], metavar="FILE_OR_FOLDER", help="records or media")
     parser.add_argument("--output", metavar="DIR", help="folder that is written, or added to")
@@ -35,12 +35,14 @@ def main(arguments: list[str]) -> int:
     except ValleyError as error:
         print(f"prepare: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare: stopped; run it again to go on", file=sys.stderr)
+        return 130
     return 0
 
 
 def _config(given: argparse.Namespace) -> PrepareConfig:
-    paths = [Path(word) for word in given.words if "=" not in word]
-    if len(paths) > 1:
+    if len(paths := [Path(word) for word in given.words if "=" not in word]) > 1:
         raise ValleyError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop one")
     if not paths and not given.input:
         from valley_ray.nano.make import WorldConfig, make_clips
@@ -49,8 +51,8 @@ def _config(given: argparse.Namespace) -> PrepareConfig:
         make_clips(storage_root() / "runs/prepare/clips", world, say=lambda text: print(text, flush=True))
         paths = [GENERATED]
     values = read_yaml(paths[0]) if paths else {}
-    values |= {"sources": [{"path": path} for path in given.input]} if given.input else {}
-    values |= {"output": given.output} if given.output else {}
+    options = (("sources", [{"path": path} for path in given.input]), ("output", given.output))
+    values |= {name: value for name, value in options if value}
     apply_overrides(values, [word for word in given.words if "=" in word])
     return validate_config(PrepareConfig, values, source=str(paths[0]) if paths else "the command line")
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,25 @@ def test_500_rows_survive_a_killed_driver(tmp_path: Path, temporary: Path) -> No
     assert second.wait(timeout=240) == 0, log.read_text()
     summary = check(faults, output)
     assert summary["clips_decoded"] == 500 - finished, "finished blocks are not decoded again"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_one_line_and_the_next_run_goes_on(tmp_path: Path, temporary: Path) -> None:
+    faults = make_fault_set(tmp_path / "set", 400, num_crashing=0, num_hanging=0)
+    output, log = tmp_path / "out", tmp_path / "driver.log"
+    env = environment(temporary)
+    env.pop("RAY_ADDRESS", None)
+    first = start_driver(faults, output, env, log)
+    wait_for(lambda: num_shards(output) >= 2 or first.poll() is not None, "two blocks")
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all of its group
+    assert first.wait(timeout=60) == 130
+    assert log.read_text().splitlines()[-1] == "prepare: stopped; run it again to go on"
+    assert "Traceback" not in log.read_text()
+    finished = num_finished(output)
+    assert 0 < finished < 400, "it was stopped in the middle"
+    second = start_driver(faults, output, env, log)
+    assert second.wait(timeout=240) == 0, log.read_text()
+    assert check(faults, output)["clips_decoded"] == 400 - finished
 
 
 @pytest.fixture
