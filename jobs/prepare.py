@@ -50,9 +50,8 @@ def _config(given: argparse.Namespace) -> PrepareConfig:
         world = WorldConfig(num_train=96, num_held_out=32, num_train_harder=24, num_held_out_harder=8)
         make_clips(storage_root() / "runs/prepare/clips", world, say=lambda text: print(text, flush=True))
         paths = [GENERATED]
-    values = read_yaml(paths[0]) if paths else {}
-    options = (("sources", [{"path": path} for path in given.input]), ("output", given.output))
-    values |= {name: value for name, value in options if value}
+    options = {"sources": [{"path": path} for path in given.input], "output": given.output}
+    values = (read_yaml(paths[0]) if paths else {}) | {name: value for name, value in options.items() if value}
     apply_overrides(values, [word for word in given.words if "=" in word])
     return validate_config(PrepareConfig, values, source=str(paths[0]) if paths else "the command line")
 
