@@ -1,4 +1,4 @@
-"""Fetch lists of videos: python jobs/download.py [CONFIG.yaml] [key=value ...]. Default: clips of its own."""
+"""Fetch lists of videos: python jobs/download.py [CONFIG.yaml] [key=value ...]. Default: jobs/configs/download.yaml"""
 
 import json
 import sys

@@ -1,4 +1,7 @@
-"""Train Valley's stages on Ray: python jobs/finetune.py [CONFIG.yaml] [key=value ...]. Default: the nano model."""
+"""Train Valley's stages on Ray: python jobs/finetune.py [CONFIG.yaml] [key=value ...]
+
+Default: the nano model, as jobs/configs/nano.yaml says. Every setting is described in valley_ray/train/config.py.
+"""
 
 import sys
 from pathlib import Path

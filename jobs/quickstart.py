@@ -1,4 +1,7 @@
-"""`make quickstart`: generated videos → a trained nano Valley → answers over HTTP. Options as key=value."""
+"""Generated videos → a trained nano Valley → answers over HTTP: python jobs/quickstart.py [key=value ...]
+
+Settings: valley_ray/quickstart/config.py, for example num_workers=1 num_served=0.
+"""
 
 import sys
 
