@@ -98,9 +98,13 @@ class FeatureStage:
 
 def open_tower(model: Path) -> tuple["FrozenTower", "ValleyProcessor"]:
     """What makes features of frames; raises CheckpointError where the model folder cannot be opened."""
+    import transformers
+
     from valley_ray.model.frozen_tower import FrozenTower
     from valley_ray.processor import ValleyProcessor
 
+    # A bar for each worker would bury the progress line.
+    transformers.utils.logging.disable_progress_bar()
     return FrozenTower.from_pretrained(model).eval(), ValleyProcessor.from_pretrained(model)
 
 
