@@ -3,7 +3,7 @@
 Driver side of execution.py: knows what was there before, takes every clip's outcome once, counts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,8 +14,9 @@ import ray
 from valley_ray.data.config import DecodeSettings
 from valley_ray.data.execution import decode_blocks
 from valley_ray.data.metrics import DecodeMetrics
+from valley_ray.data.outcomes import Outcome, Outcomes
 from valley_ray.data.stages import DecodeStage, decoder_version
-from valley_ray.data.windows import Outcome, PlannedWindow, blocks_of, decode_fingerprint
+from valley_ray.data.windows import PlannedWindow, blocks_of, decode_fingerprint
 from valley_ray.media.sampling import FrameSampling
 
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ class Decoding:
         self,
         clips: pa.Table,
         windows: Iterable[PlannedWindow],
-        known: dict[str, Outcome],
+        known: Mapping[str, Outcome],
         *,
         stage: DecodeStage,
         settings: DecodeSettings,
         on_outcomes: OnOutcomes | None = None,
     ) -> None:
-        self.outcomes = known
+        self.outcomes = known if isinstance(known, Outcomes) else Outcomes(known.items())
         self.num_known = len(known)
         blocks = list(blocks_of(windows, clips, known, _size_of(settings)))
         self.num_blocks = len(blocks)

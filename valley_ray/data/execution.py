@@ -13,8 +13,8 @@ import ray.data
 from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from ray.util.metrics import Histogram
 
+from valley_ray.data.outcomes import Outcome
 from valley_ray.data.stages import MAX_ATTEMPTS, DecodeStage
-from valley_ray.data.windows import Outcome
 from valley_ray.errors import DataError, StorageError, ValleyError
 
 BLOCK_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)

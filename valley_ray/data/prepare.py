@@ -35,6 +35,7 @@ from valley_ray.data.feature_store import FeatureSet
 from valley_ray.data.features import feature_set, features_of_clips
 from valley_ray.data.frame_store import read_json
 from valley_ray.data.metrics import DecodeProgress
+from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.report import write_report
 from valley_ray.data.schema import CLIPS_SCHEMA, OK, PENDING, SAMPLES_SCHEMA
 from valley_ray.data.shards import WindowStore
@@ -150,7 +151,7 @@ def _processing(config: PrepareConfig) -> tuple["ProcessorConfig", "ValleyProces
     return ProcessorConfig(num_patches=1).model_copy(update=given), None
 
 
-def _decode(job: _Job) -> tuple[dict[str, Outcome], int, Plan | None]:
+def _decode(job: _Job) -> tuple[Mapping[str, Outcome], int, Plan | None]:
     """The outcomes of all clips, how many of them are this run's, and the plan of the windows that it committed."""
     config, shards_dir = job.config, job.output / SHARDS_DIR
     again = _again(shards_dir / RETRIED_FILE, config.retry_failed)
@@ -160,7 +161,7 @@ def _decode(job: _Job) -> tuple[dict[str, Outcome], int, Plan | None]:
     stage = decode_stage(config, shards_dir, processing=job.processing, sampling=job.sampling, again=again)
     known = known_outcomes(shards_dir, job.clips, stage.fingerprint)
     if config.retry_failed:
-        known = {clip_id: outcome for clip_id, outcome in known.items() if outcome["status"] == OK}
+        known = Outcomes((clip_id, outcome) for clip_id, outcome in known.items() if outcome["status"] == OK)
     progress = DecodeProgress(job.clips.num_rows, len(known))
     all_windows = [*windows, rest_window(windows, job.clips)]
     with (

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,8 @@ import pyarrow as pa
 from valley_ray.data.commit import write_json
 from valley_ray.data.frame_store import shard_paths
 from valley_ray.data.journal import remove_journals
+from valley_ray.data.outcomes import Outcome as Outcome
+from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
 from valley_ray.data.shards import STORE_FILE, StoreInfo, WindowStore
 from valley_ray.data.stages import BLOCK_SCHEMA, outcomes_in
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 LEDGER_ROWS = 1 << 14
 """Rows of a ledger that are Python objects at a time."""
-
-Outcome = dict[str, Any]
-"""One row of OUTCOME_SCHEMA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +145,7 @@ def decode_fingerprint(sampling: FrameSampling, *, video_crop: Crop, image_crop:
     return fingerprint({"sampling": sampling.key, "decoder": decoder, **crops})
 
 
-def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> dict[str, Outcome]:
+def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> Outcomes:
     """Outcomes by clip_id of those of `clips` that a shard under `shards_dir` holds, whoever had it made.
 
     Where several do, one that succeeded counts. Shards of other clips, other sizes or times of the same files, or with
@@ -155,7 +153,7 @@ def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> dict[
     """
     columns = clips.select(["clip_id", "etag", "size_bytes"]).to_pydict()
     keys = dict(zip(columns["clip_id"], zip(columns["etag"], columns["size_bytes"], strict=True), strict=True))
-    known: dict[str, Outcome] = {}
+    known = Outcomes()
     for path in shard_paths(shards_dir):
         try:
             made_with, outcomes = outcomes_in(path)

@@ -26,6 +26,7 @@ _NAMES: tuple[tuple[str, Kind], ...] = (
     ("/raylet/raylet ", "ray"),
     ("/gcs_server ", "ray"),
     ("/ray/dashboard/", "ray"),
+    ("/ray/autoscaler/", "ray"),
     ("ray::DashboardAgent", "ray"),
     ("ray::RuntimeEnvAgent", "ray"),
     ("ray::", "worker"),
