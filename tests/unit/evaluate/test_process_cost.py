@@ -27,9 +27,14 @@ def test_tree_counts_children_of_children_and_says_what_they_are():
 
 
 def test_what_a_process_has_used_still_counts_after_its_end():
+    code = BURN.format(seconds=0.6) + "input()"
     with TreeWatch() as watch:
-        before = watch.cpu_s()
-        with subprocess.Popen([sys.executable, "-c", BURN.format(seconds=1.0), "multiprocessing"]) as child:
-            os.waitpid(child.pid, os.WNOHANG)
-        after = watch.cpu_s()
-    assert after["pool"] - before["pool"] > 0.5
+        before = watch.cpu_s()["pool"]
+        with subprocess.Popen([sys.executable, "-c", code, "multiprocessing"], stdin=subprocess.PIPE) as child:
+            deadline = time.monotonic() + 30
+            while watch.cpu_s()["pool"] - before < 0.5:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            child.communicate(b"\n")
+        after = watch.cpu_s()["pool"]
+    assert after - before >= 0.5
