@@ -11,7 +11,7 @@ from parity_set import ROOT, load_json
 from valley_ray.model import ValleyConfig, ValleyCore
 from valley_ray.model.checkpoint import DEAD_LAYER, UPSTREAM_BUFFERS, our_name
 from valley_ray.model.lora import LoraSettings, add_lora, load_adapter
-from valley_ray.train.config import StageConfig
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import prepare_stage
 
 ATOL, RTOL = 1e-3, 1e-4

@@ -155,22 +155,29 @@ def test_windows_of_vatex_share_a_video_and_become_clips(tmp_path: Path, site: S
 
 
 def test_a_worker_that_dies_costs_no_row(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"url": site.url(f"/slow/0.8/{i}/{i % 4}.mp4")} for i in range(16)]
-    config = make_config(tmp_path, rows, num_workers=2, stall_timeout_s=10)
+    rows = [{"url": site.url(f"/wait/{i}/{i % 4}.mp4")} for i in range(16)]
+    config = make_config(tmp_path, rows, num_workers=2, stall_timeout_s=50)
     killed: list[int] = []
 
     def kill_one(line: str) -> None:
+        """A worker whose requests the server has taken in and holds back until it is dead."""
         ours = psutil.Process().children(recursive=True)
-        workers = [one.pid for one in ours if "DownloadWorker" in "".join(one.cmdline())]
-        if workers and site.now_open and not killed:
-            os.kill(workers[0], signal.SIGKILL)
-            killed.append(workers[0])
+        workers = [one for one in ours if "DownloadWorker" in "".join(one.cmdline())]
+        asking = {one.pid: _connections(one, site.server_port) for one in workers}
+        if not killed and site.now_open and sum(asking.values()) == site.now_open:
+            killed.append(max(asking, key=lambda pid: asking[pid]))
+            os.kill(killed[0], signal.SIGKILL)
+            site.released.set()
 
     monkeypatch.setattr(download_run, "_PROGRESS_EVERY_S", 0.2)
     summary = run_downloads(config, on_progress=kill_one)
     assert killed
     assert (summary.rows_in, summary.ok) == (16, 16), summary.examples
     assert max(site.asked.values()) == 2, "what was under way there was begun again"
+
+
+def _connections(process: psutil.Process, port: int) -> int:
+    return sum(bool(one.raddr) and one.raddr.port == port for one in process.net_connections(kind="tcp"))
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_the_next_goes_on(tmp_path: Path, site: Site) -> None:

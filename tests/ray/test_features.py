@@ -23,8 +23,9 @@ from valley_ray.data.shards import WindowStore
 from valley_ray.errors import CheckpointError, ConfigError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
+from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.metrics import read_metrics
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.trainer import train
 
 pytestmark = pytest.mark.ray

@@ -21,10 +21,11 @@ from valley_ray.errors import ConfigError, DataError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.lora import load_adapter
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.config import DataConfig, StageConfig, TrainConfig
+from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, SampleIndex
 from valley_ray.train.metrics import StepMetrics, read_metrics
 from valley_ray.train.plan import StagePlan
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.trainer import TrainResult, train
 
 pytestmark = pytest.mark.ray

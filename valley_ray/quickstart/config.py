@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from valley_ray.config import Config
 from valley_ray.nano.backbones import NanoConfig
 from valley_ray.nano.make import WorldConfig
-from valley_ray.train.config import StageConfig
+from valley_ray.train.stage_config import StageConfig
 
 
 def nano_stages() -> tuple[StageConfig, ...]:

@@ -25,11 +25,12 @@ from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.frozen_tower import tower_key
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, put_trained, restore, save
-from valley_ray.train.config import StageConfig, TrainConfig
+from valley_ray.train.config import TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
 from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
 from valley_ray.train.packing import MicroBatch
 from valley_ray.train.plan import StagePlan
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.zero import ZeroEngine, build_engine
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from valley_ray.errors import ConfigError
 from valley_ray.model import ValleyCore
-from valley_ray.train.config import Part, StageConfig
+from valley_ray.train.stage_config import Part, StageConfig
 
 
 @dataclass(frozen=True)

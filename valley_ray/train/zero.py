@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from valley_ray.train.config import StageConfig, TrainConfig
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import ParameterGroup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -30,7 +30,7 @@ from valley_ray.media.preprocess import Crop
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.backbones import open_backbones
 from valley_ray.processor import ProcessorConfig, ValleyProcessor
-from valley_ray.train.config import StageConfig
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import prepare_stage
 
 

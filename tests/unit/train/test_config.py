@@ -7,7 +7,8 @@ import pytest
 
 from valley_ray.config import validate_config
 from valley_ray.errors import ConfigError
-from valley_ray.train.config import StageConfig, TrainConfig
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.stage_config import StageConfig
 
 
 def values(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from valley_ray.errors import ConfigError
 from valley_ray.model import ValleyForConditionalGeneration
-from valley_ray.train.config import StageConfig
+from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 
 
