@@ -16,7 +16,6 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
 import transformers
 
 from valley_ray.data.feature_store import FeatureStore, feature_sets
@@ -28,16 +27,13 @@ from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_m
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
 from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
-from valley_ray.train.packing import MicroBatch
 from valley_ray.train.plan import StagePlan
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
+from valley_ray.train.step import Stepper
 from valley_ray.train.zero import ZeroEngine, build_engine
 
 logger = logging.getLogger(__name__)
-
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two steps, so that runs whose seeds are neighbours share none."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ class _Stage:
     """Over all rows of the store, known before the first window; failed rows make the stage end earlier."""
     model: ValleyForConditionalGeneration
     engine: ZeroEngine
+    stepper: Stepper
 
 
 class _Worker:
@@ -138,6 +135,7 @@ class _Worker:
             self._checkpoint(stage, stage_step)
         self._trained.update(stage.engine.trained_parameters())
         stage.engine.close()
+        self._num_encoded += stage.stepper.num_encoded
         self._seconds[stage.config.name] = time.perf_counter() - began
 
     def _open_stage(self, number: int) -> _Stage:
@@ -157,54 +155,27 @@ class _Worker:
         groups = prepare_stage(model.core, stage)
         num_micro_batches = plan.num_micro_batches(self._world)
         engine = build_engine(model.core, groups, config, stage, num_micro_batches=num_micro_batches, world=self._world)
-        return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine)
+        stepper = Stepper(
+            model,
+            engine,
+            self._cache,
+            device=self._device,
+            rank=self._rank,
+            world=self._world,
+            seed=config.seed,
+        )
+        return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine, stepper)
 
     def _train(self, stage: _Stage, batches: StepBatches, feeder: Feeder) -> None:
-        """One optimizer step. The loss is the mean over the label tokens of the global batch, on every rank."""
-        # Dropout of a resumed run is that of the run that was not interrupted.
-        torch.manual_seed(self._config.seed + _SEED_STRIDE * (self._step * self._world + self._rank))
         scale = learning_rate_scale(batches.index, stage.planned_steps, stage.config)
-        loss = torch.zeros((), device=self._device)
-        *accumulated, last = batches.micro_batches
-        for micro_batch in accumulated:
-            loss += self._backward(stage, micro_batch, batches)
-            stage.engine.step(scale)
-        loss += self._backward(stage, last, batches)
-        torch.distributed.all_reduce(loss)
-        self._loss = float(loss)
+        result = stage.stepper.train(batches, step=self._step, scale=scale)
+        self._loss = result.loss
         if not math.isfinite(self._loss):
             self._stop_nonfinite(stage, batches)
-        grad_norm = stage.engine.step(scale)
         self._step += 1
         self._meter.add(samples=batches.num_samples, tokens=batches.num_tokens)
         if self._log is not None and (self._step % self._config.log_every == 0 or batches.index == 0):
-            self._log.write(self._metrics(stage, batches, scale, grad_norm, feeder.wait_s))
-
-    def _backward(self, stage: _Stage, micro_batch: MicroBatch, batches: StepBatches) -> torch.Tensor:
-        """Gradients of one micro-batch; returns its share of the step's loss."""
-        device = self._device
-        output = stage.engine(
-            input_ids=micro_batch.input_ids.to(device),
-            attention_mask=micro_batch.attention_mask.to(device),
-            features=self._features(stage.model, micro_batch),
-            labels=micro_batch.labels.to(device),
-            loss_reduction="sum",
-            return_logits=False,
-        )
-        loss: torch.Tensor = output.loss / max(1, batches.num_label_tokens)
-        stage.engine.backward(loss * self._world)
-        return loss.detach()
-
-    def _features(self, model: ValleyForConditionalGeneration, micro_batch: MicroBatch) -> list[torch.Tensor]:
-        """Tower features of every visual block, in order: [T, 1+P, Dv], or as they were stored."""
-        missing = [clip for clip in micro_batch.clips if clip.pixel_values is not None]
-        pixels = [clip.pixel_values.to(self._device) for clip in missing if clip.pixel_values is not None]
-        encoded = dict(zip(map(id, missing), model.encode_clips(pixels), strict=True)) if pixels else {}
-        self._num_encoded += len(missing)
-        for clip in missing:
-            self._cache.put(clip.key, encoded[id(clip)])
-        found = [encoded.get(id(clip), clip.features) for clip in micro_batch.clips]
-        return [features.to(self._device) for features in found if features is not None]
+            self._log.write(self._metrics(stage, batches, scale, result.grad_norm, feeder.wait_s))
 
     def _metrics(
         self, stage: _Stage, batches: StepBatches, scale: float, grad_norm: float, wait_s: float
@@ -219,7 +190,7 @@ class _Worker:
             grad_norm=grad_norm,
             rss_bytes=peak_rss_bytes(),
             cuda_bytes=torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0,
-            clips_encoded=self._num_encoded,
+            clips_encoded=self._num_encoded + stage.stepper.num_encoded,
             **self._meter.rates(wait_s=wait_s),
         )
 
