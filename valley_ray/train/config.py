@@ -1,4 +1,4 @@
-"""What a training run is: the model it starts from, its data, its workers; stages: stage_config.py. No torch, no Ray."""
+"""What a training run is: its model, its data, its workers (its stages: stage_config.py). Knows no torch and no Ray."""
 
 from pathlib import Path
 from typing import Any, Literal, Self, TypeGuard
