@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from valley_ray.config import Config
 from valley_ray.errors import ConfigError
+from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.train.stage_config import StageConfig, valley_stages
 
 
@@ -83,9 +84,13 @@ class TrainConfig(Config):
     """Memory of each worker for tower features of clips seen before; 0 means off."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for another worker (collectives) or for the next committed window."""
+    evaluation: EvaluationConfig | None = None
+    """Held-out split that checkpoints are measured on beside the training, without stopping it; None: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.evaluation is not None and (self.evaluation.model, self.evaluation.output) != (None, None):
+            raise ValueError("evaluation.model and evaluation.output are the training's own; leave them out")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be a multiple of "
@@ -122,6 +127,7 @@ class TrainConfig(Config):
                 "output": _output(root, self.output),
                 "storage": _output(root, self.storage),
                 "data": data,
+                "evaluation": self.evaluation and self.evaluation.under(root),
             }
         )
 
