@@ -24,7 +24,8 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` (YAML, may be None for defaults), apply ``a.b=value`` overrides (values parsed as YAML), validate.
+    """Read `path` (YAML, may be None for defaults), apply ``a.b=value`` overrides (values parsed as YAML; a number names
+    a position in a list of the file: ``stages.0.max_steps=5``), validate.
 
     Raises:
         ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown (the nearest valid
@@ -77,12 +78,30 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from error
     *parents, leaf = key.split(".")
-    node: dict[str, Any] = values
-    for parent in parents:
-        child = node.get(parent)
-        node[parent] = dict(child) if isinstance(child, dict) else {}
-        node = node[parent]
-    node[leaf] = value
+    node: Any = values
+    for depth, parent in enumerate(parents):
+        place = _place(node, parent, override, ".".join(parents[:depth]))
+        child = node[place] if isinstance(node, list) else node.get(place)
+        node[place] = child.copy() if isinstance(child, dict | list) else {}
+        node = node[place]
+    node[_place(node, leaf, override, ".".join(parents))] = value
+
+
+def _place(node: Any, name: str, override: str, parents: str) -> str | int:
+    """The key or list position that `name` means in `node`; ConfigError for a position that is not there."""
+    if isinstance(node, list):
+        if name.isdecimal() and int(name) < len(node):
+            return int(name)
+        raise ConfigError(
+            f"override {override!r}: {parents} is a list of {len(node)}; expected a position from 0 to "
+            f"{len(node) - 1}, got {name!r}"
+        )
+    if name.isdecimal() and parents:
+        raise ConfigError(
+            f"override {override!r}: position {name} of {parents}, which the file does not write as a list; give the "
+            f"list whole: {parents}='[{{...}}]'"
+        )
+    return name
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

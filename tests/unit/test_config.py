@@ -1,0 +1,57 @@
+"""Overrides reach into mappings and lists of the file, and say so where they cannot."""
+
+from pathlib import Path
+
+import pytest
+
+from valley_ray.config import load_config
+from valley_ray.errors import ConfigError
+from valley_ray.train.config import TrainConfig
+
+FILE = """
+model: m
+output: o
+data: {mode: shards, windows_dir: w}
+stages:
+  - {name: one, trainable: [projector], learning_rate: 0.1, max_steps: 70}
+  - {name: two, trainable: [projector, lora], learning_rate: 0.1, max_steps: 230}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(FILE)
+    return tmp_path / "run.yaml"
+
+
+def test_an_override_reaches_into_a_list_of_the_file(path: Path) -> None:
+    config = load_config(TrainConfig, path, ["stages.1.max_steps=2", "stages.0.trainable.0=embeddings"])
+    assert [stage.max_steps for stage in config.stages] == [70, 2]
+    assert [stage.trainable for stage in config.stages] == [("embeddings",), ("projector", "lora")]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.2.max_steps=2", "stages is a list of 2; expected a position from 0 to 1, got '2'"),
+        ("stages.stage1.max_steps=2", "stages is a list of 2; expected a position from 0 to 1, got 'stage1'"),
+        ("stages.-1.max_steps=2", "got '-1'"),
+        ("lora.0.r=2", "position 0 of lora, which the file does not write as a list; give the list whole"),
+        ("stages.0.max_step=2", "did you mean 'max_steps'"),
+    ],
+)
+def test_an_override_that_names_no_place_is_told(path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, [override])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_lists_that_were_read_are_left_as_they_are() -> None:
+    from valley_ray.config import apply_overrides
+
+    stages = [{"max_steps": 70}]
+    values = {"stages": stages}
+    apply_overrides(values, ["stages.0.max_steps=2"])
+    assert stages == [{"max_steps": 70}]
+    assert values == {"stages": [{"max_steps": 2}]}
