@@ -24,8 +24,9 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load_config(model: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read `path` (YAML, may be None for defaults), apply ``a.b=value`` overrides (values parsed as YAML; a number names
-    a position in a list of the file: ``stages.0.max_steps=5``), validate.
+    """Read `path` (YAML, may be None for defaults), apply ``a.b=value`` overrides (values parsed as YAML), validate.
+
+    A number names a position in a list of the file: ``stages.0.max_steps=5``.
 
     Raises:
         ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown (the nearest valid
@@ -87,7 +88,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[_place(node, leaf, override, ".".join(parents))] = value
 
 
-def _place(node: Any, name: str, override: str, parents: str) -> str | int:
+def _place(node: Any, name: str, override: str, parents: str) -> Any:
     """The key or list position that `name` means in `node`; ConfigError for a position that is not there."""
     if isinstance(node, list):
         if name.isdecimal() and int(name) < len(node):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from valley_ray.config import Config
 from valley_ray.data.feature_store import Dtype, Form
@@ -42,8 +42,9 @@ class PipelineConfig(DecodeSettings):
 
     records: tuple[Path, ...] = Field(min_length=1)
     """Record files (LLaVA / Valley JSON lists), one after the other."""
-    media_root: Path
-    """Folder that the media names of the records are relative to; see `valley_ray.data.sources.places`."""
+    media_root: tuple[Path, ...] = Field(min_length=1)
+    """Folder that the media names of the records are relative to, or a list with one for each file of `records`; see
+    `valley_ray.data.sources.places`."""
     model: Path
     """Model folder whose processor tokenizes and crops."""
     windows_dir: Path
@@ -55,6 +56,25 @@ class PipelineConfig(DecodeSettings):
     """Shuffles the samples where `run_pipeline` is given no order; None: the order of the files."""
     window_size: int = Field(default=256, ge=1)
     """Samples per window. Trainers start after the first one."""
+
+    @field_validator("media_root", mode="before")
+    @classmethod
+    def _one_root(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.media_root) not in (1, len(self.records)):
+            raise ValueError(
+                f"media_root lists {len(self.media_root)} folders for {len(self.records)} files of records; give one "
+                "folder for all, or one for each"
+            )
+        return self
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The media root of each file of records."""
+        return self.media_root if len(self.media_root) > 1 else self.media_root * len(self.records)
 
 
 class PrepareConfig(DecodeSettings):

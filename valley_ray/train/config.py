@@ -111,10 +111,11 @@ class TrainConfig(Config):
         if data.pipeline is not None:
             pipeline = dict(data.pipeline)
             # What is no path is left as it is: the pipeline's own configuration names it.
-            if isinstance(records := pipeline.get("records"), list | tuple):
-                pipeline["records"] = [_input(root, one) if _is_path(one) else one for one in records]
-            if _is_path(media_root := pipeline.get("media_root")):
-                pipeline["media_root"] = _input(root, media_root)
+            for name in ("records", "media_root"):
+                if isinstance(paths := pipeline.get(name), list | tuple):
+                    pipeline[name] = [_input(root, one) if _is_path(one) else one for one in paths]
+                elif _is_path(paths):
+                    pipeline[name] = _input(root, paths)
             for name in ("windows_dir", "shards_dir"):
                 if _is_path(folder := pipeline.get(name)):
                     pipeline[name] = _output(root, folder)

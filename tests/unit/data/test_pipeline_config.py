@@ -34,6 +34,19 @@ def test_unknown_video_decoder_is_refused() -> None:
         validate_config(PipelineConfig, values, source="test")
 
 
+def test_every_file_of_records_may_have_a_media_root_of_its_own() -> None:
+    values = {"records": ["a.json", "b.json"], "model": "m", "windows_dir": "w"}
+
+    def roots(media_root: object) -> list[str]:
+        config = validate_config(PipelineConfig, values | {"media_root": media_root}, source="test")
+        return [str(root) for root in config.roots]
+
+    assert roots("images") == ["images", "images"]
+    assert roots(["images", "videos"]) == ["images", "videos"]
+    with pytest.raises(ConfigError, match="media_root lists 3 folders for 2 files"):
+        roots(["1", "2", "3"])
+
+
 def test_settings_of_the_pipeline_beside_training_are_checked_before_ray_starts(tmp_path: Path) -> None:
     pipeline: dict[str, object] = {"records": ["a.json"], "media_root": ".", "windows_dir": "w"}
     run = {"model": "m", "output": "o", "storage": str(tmp_path), "stages": [stage()]}
