@@ -67,7 +67,17 @@ class TrainConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the trained part; optimizer state is float32 always."""
+    """Precision that the model computes in; the weights that the optimizer steps, and its state, are float32 always.
+    fp16 scales the loss, and leaves a step out whose gradients overflow (they are counted in the metrics)."""
+    offload: bool = False
+    """Keep optimizer state and float32 weights in the CPU's memory: less of the GPU's, slower steps (ZeRO 1 to 3)."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's activations again in the backward pass instead of keeping them."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics go beside metrics.jsonl and loss.png, which are always written."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """FLOP per second that one worker's device could do at `precision`, which MFU is a share of. None takes what is
+    known of the GPU; where nothing is known, there is no MFU."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sample order."""
     log_every: int = Field(default=10, ge=1)
@@ -101,6 +111,11 @@ class TrainConfig(Config):
             raise ValueError(f"stage names must differ, got {', '.join(names)}")
         if self.lora is not None and not any("lora" in stage.parts for stage in self.stages):
             raise ValueError("lora is set but no stage trains it; add the part lora or the preset valley-stage2-lora")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1, 2 or 3: ZeRO 0 keeps everything on its device")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            # DeepSpeed 0.19 unscales gradients there whose loss it never scaled.
+            raise ValueError("precision fp16 needs zero_stage 1, 2 or 3; ZeRO 0 does not scale the loss")
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision fp16 needs use_gpu=true; take bf16 or fp32 on CPUs")
         return self
