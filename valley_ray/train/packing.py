@@ -41,6 +41,41 @@ class MicroBatch:
     clips: tuple[Clip, ...]
     """Visual blocks in order over the batch."""
     sample_ids: tuple[str, ...]
+    position_ids: torch.Tensor | None = None
+    """int64 [B, L] where rows are packed: each sample counts from 0; None in padded batches"""
+    segment_ids: torch.Tensor | None = None
+    """int64 [B, L] where rows are packed: 1, 2, ... per sample of a row, 0 for padding; None in padded batches"""
+
+    def model_inputs(self, device: torch.device, *, attention: str) -> dict[str, torch.Tensor]:
+        """What `ValleyCore.forward` takes beside the features, on `device`.
+
+        Args:
+            attention: the language model's implementation (`config._attn_implementation`). Packed rows need a mask
+                of four dimensions, since position_ids alone let samples see each other; flash attention takes no
+                mask and finds the samples by their position_ids instead.
+        """
+        inputs = {"input_ids": self.input_ids.to(device), "labels": self.labels.to(device)}
+        if self.position_ids is None or self.segment_ids is None:
+            return inputs | {"attention_mask": self.attention_mask.to(device)}
+        inputs["position_ids"] = self.position_ids.to(device)
+        if "flash" not in attention:
+            inputs["attention_mask"] = packed_mask(self.segment_ids.to(device), attention=attention)
+        return inputs
+
+
+def packed_mask(segment_ids: torch.Tensor, *, attention: str) -> torch.Tensor:
+    """Causal mask [B, 1, L, L] that keeps the samples of packed rows apart.
+
+    True where a position may look; for `attention="eager"`, which adds its mask, float32 0 and the lowest number.
+    Padding looks at itself alone: a softmax over nothing would be nan.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = (same & (segment_ids != 0)[:, :, None]).tril()
+    mask |= torch.eye(segment_ids.shape[1], dtype=torch.bool, device=segment_ids.device)
+    if attention != "eager":
+        return mask[:, None]
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)[:, None]
 
 
 def collate(samples: Sequence[Sample], clips: Sequence[Clip], *, pad_token_id: int) -> MicroBatch:
