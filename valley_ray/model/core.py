@@ -79,18 +79,22 @@ class ValleyCore(PreTrainedModel):
         """
         return self._embed(input_ids[None], visual_tokens)[0]
 
-    def embed_batch(self, input_ids: torch.Tensor, features: Features = ()) -> torch.Tensor:
+    def embed_batch(
+        self, input_ids: torch.Tensor, features: Features = (), *, blank: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Embeddings [B, L, D] of a batch; projector and pooling are called once, also for a batch without media.
 
-        A batch without media sends a clip of zeros through both and adds it with weight zero, so that every rank of
-        a data-parallel run has a gradient for them and ZeRO gathers the same weights in the same order on all.
+        A batch without media sends a clip of zeros (or `blank` [T, 1 + P, Dv]) through both and adds it with weight
+        zero, so that every rank of a data-parallel run has a gradient for them and ZeRO gathers the same weights in
+        the same order on all.
         """
         if len(features):
             return self._embed(input_ids, self._tokens_of(features))
-        shape = (1, 1 + self.config.num_patches, self.mm_projector.in_features)
-        zeros = torch.zeros(shape, dtype=self.mm_projector.weight.dtype, device=input_ids.device)
+        if blank is None:
+            shape = (1, 1 + self.config.num_patches, self.mm_projector.in_features)
+            blank = torch.zeros(shape, dtype=self.mm_projector.weight.dtype, device=input_ids.device)
         # Before the embedding, as with media: ZeRO-3 hangs where ranks gather weights in another order.
-        nothing = 0.0 * self._tokens_of([zeros])[0].sum()
+        nothing = 0.0 * self._tokens_of([blank])[0].sum()
         embeddings = self._embed(input_ids, ())
         return embeddings + nothing.to(embeddings.dtype)
 
@@ -116,6 +120,7 @@ class ValleyCore(PreTrainedModel):
         features: Features = (),
         *,
         inputs_embeds: torch.Tensor | None = None,
+        blank: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_reduction: Literal["mean", "sum"] = "mean",
         return_logits: bool = True,
@@ -128,6 +133,7 @@ class ValleyCore(PreTrainedModel):
             attention_mask: [B, L] of 0 and 1, or what the language model takes as a 4-D mask (packed rows).
             features: one tensor per visual block, in the order of the blocks over the batch.
             inputs_embeds: [B, L, D] instead of `input_ids` and `features`.
+            blank: features that a batch without media has gradients for, of zero; see `embed_batch`.
             labels: int64 [B, L], -100 where nothing is learned; position i is predicted from i - 1.
             loss_reduction: mean over the batch's learned tokens, or their sum (to be divided by a global count).
             return_logits: False with `labels` computes logits only where some row learns, and returns none of them:
@@ -142,9 +148,10 @@ class ValleyCore(PreTrainedModel):
             assert input_ids is not None, "give input_ids or inputs_embeds"
             is_next_step = _cached_length(language_model_kwargs.get("past_key_values")) > 0 and not features
             # A model may write a placeholder itself: in later steps it is a token like any other.
-            inputs_embeds = (
-                self.get_input_embeddings()(input_ids) if is_next_step else self.embed_batch(input_ids, features)
-            )
+            if is_next_step:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                inputs_embeds = self.embed_batch(input_ids, features, blank=blank)
         targets = None
         if labels is not None:
             language_model_kwargs.setdefault("use_cache", False)

@@ -7,7 +7,6 @@ through the plan. The tower stays outside the engine; its features are computed 
 import hashlib
 import json
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,13 @@ from valley_ray.processor import ValleyProcessor
 from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, put_trained, restore, save
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
+from valley_ray.train.flops import count_flops
 from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
 from valley_ray.train.plan import StagePlan
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.step import Stepper
+from valley_ray.train.trainable import trainable_module
 from valley_ray.train.zero import ZeroEngine, build_engine
 
 logger = logging.getLogger(__name__)
@@ -151,10 +152,9 @@ class _Worker:
         model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
         put_trained(model.core, self._trained, lora=config.lora, adapt="lora" in stage.parts)
         model.to(self._device)
-        model.core.train()
-        groups = prepare_stage(model.core, stage)
-        num_micro_batches = plan.num_micro_batches(self._world)
-        engine = build_engine(model.core, groups, config, stage, num_micro_batches=num_micro_batches, world=self._world)
+        groups = prepare_stage(model.core, stage, tower=model.vision_tower)
+        flops = count_flops(model, trains_tower="tower" in stage.parts)
+        engine = build_engine(trainable_module(model, stage, config), groups, config, stage, world=self._world)
         stepper = Stepper(
             model,
             engine,
@@ -163,6 +163,8 @@ class _Worker:
             rank=self._rank,
             world=self._world,
             seed=config.seed,
+            precision=config.precision,
+            flops=flops,
         )
         return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine, stepper)
 
@@ -170,7 +172,7 @@ class _Worker:
         scale = learning_rate_scale(batches.index, stage.planned_steps, stage.config)
         result = stage.stepper.train(batches, step=self._step, scale=scale)
         self._loss = result.loss
-        if not math.isfinite(self._loss):
+        if not result.is_finite:
             self._stop_nonfinite(stage, batches)
         self._step += 1
         self._meter.add(samples=batches.num_samples, tokens=batches.num_tokens)

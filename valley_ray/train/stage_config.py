@@ -6,11 +6,22 @@ from pydantic import Field, field_validator, model_validator
 
 from valley_ray.config import Config
 
-Part = Literal["projector", "temporal", "new_embeddings", "embeddings", "layers", "lm_head", "language_model", "lora"]
+Part = Literal[
+    "projector",
+    "temporal",
+    "tower",
+    "new_embeddings",
+    "embeddings",
+    "layers",
+    "lm_head",
+    "language_model",
+    "lora",
+]
 """A set of parameters that a stage can train; `valley_ray.train.stages.holders` says which parameters each one holds.
 
-temporal: weights of the pooling; new_embeddings: rows of the seven added tokens; layers: decoder blocks and final norm;
-language_model: embeddings, layers and lm_head; lora: adapters of the language model's layers."""
+temporal: weights of the pooling; tower: the vision tower, as far as features depend on it; new_embeddings: rows of the
+seven added tokens; layers: decoder blocks and final norm; language_model: embeddings, layers and lm_head; lora:
+adapters of the language model's layers."""
 
 Parts = tuple[Part, ...]
 
@@ -30,7 +41,7 @@ class StageConfig(Config):
     name: str = Field(min_length=1)
     """Shown in metrics, progress lines and timings."""
     trainable: tuple[Part | Preset, ...] = Field(min_length=1)
-    """Parts that are trained, or names of presets; everything else is frozen. The vision tower always is."""
+    """Parts that are trained, or names of presets; everything else is frozen."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of every trained part that `learning_rates` does not name."""
     learning_rates: dict[Part, float] = Field(default_factory=dict)

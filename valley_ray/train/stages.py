@@ -2,13 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from valley_ray.errors import ConfigError
 from valley_ray.model import ValleyCore
+from valley_ray.model.vision import extract_features
 from valley_ray.train.stage_config import Part, StageConfig
+
+TOWER_PREFIX = "vision_tower."
+"""In front of the names of a trained tower's parameters; all others are named as in the core."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +26,25 @@ class ParameterGroup:
     weight_decay: float
 
 
-def prepare_stage(core: ValleyCore, stage: StageConfig) -> tuple[ParameterGroup, ...]:
-    """Mark what `stage` trains in `core` (`requires_grad`) and return it as optimizer groups.
+def prepare_stage(core: ValleyCore, stage: StageConfig, *, tower: Any = None) -> tuple[ParameterGroup, ...]:
+    """Mark what `stage` trains in `core` (`requires_grad`) and in its vision `tower`; return it as optimizer groups.
+
+    Names are those in the core, and `vision_tower.` in front of those in the tower.
 
     Raises:
         ConfigError: a part that the stage names has no parameters in this model.
     """
-    parts = {name: holders(core, name, parameter) for name, parameter in core.named_parameters()}
+    named = dict(core.named_parameters())
+    parts = {name: holders(core, name, parameter) for name, parameter in named.items()}
+    if tower is not None:
+        tower.requires_grad_(False)
+        if "tower" in stage.parts:
+            of_tower = {f"{TOWER_PREFIX}{name}": parameter for name, parameter in _used_by_features(core, tower)}
+            named |= of_tower
+            parts |= dict.fromkeys(of_tower, ("tower",))
     _check_parts(stage, {part for held_by in parts.values() for part in held_by})
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in core.named_parameters():
+    for name, parameter in named.items():
         part = next((part for part in parts[name] if part in stage.parts), None)
         parameter.requires_grad_(part is not None)
         if part is None:
@@ -85,6 +99,19 @@ def _check_parts(stage: StageConfig, available: set[Part]) -> None:
         raise ConfigError(
             f"stage {stage.name} trains {', '.join(sorted(missing))}, which this model does not have; leave it out"
         )
+
+
+def _used_by_features(core: ValleyCore, tower: Any) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that the features depend on: layers behind the one they are taken from get no gradient, and an
+    optimizer would still decay them."""
+    named = [(name, parameter) for name, parameter in tower.named_parameters()]
+    tower.requires_grad_(True)
+    side, weight = core.config.image_size, named[0][1]
+    pixels = torch.zeros(1, 3, side, side, dtype=weight.dtype, device=weight.device)
+    features = extract_features(tower, pixels, layer=core.config.vision_layer, num_patches=core.config.num_patches)
+    gradients = torch.autograd.grad(features.sum(), [parameter for _, parameter in named], allow_unused=True)
+    tower.requires_grad_(False)
+    return [pair for pair, gradient in zip(named, gradients, strict=True) if gradient is not None]
 
 
 def _new_token_ids(core: ValleyCore) -> list[int]:

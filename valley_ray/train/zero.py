@@ -1,7 +1,8 @@
 """DeepSpeed: one trainable module becomes one engine; its parameters leave it as plain tensors.
 
-Only ValleyCore is wrapped: the frozen tower stays outside the engine, or ranks whose batch holds no video would leave
-ZeRO-3's gathers waiting. The optimizer is torch's own AdamW, so nothing is compiled.
+A frozen tower stays outside, or ranks whose batch holds no video would leave ZeRO-3's gathers waiting; a trained one
+comes in as part of a module that runs it on every batch (trainable.py). The optimizer is torch's own AdamW, so nothing
+is compiled.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +22,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
+class Applied:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Before clipping; nan where the step was left out."""
+    is_skipped: bool
+    """Whether gradients overflowed in fp16: no weight was changed, and the next loss is scaled less."""
+
+
+@dataclass(frozen=True)
 class ZeroEngine:
-    """A DeepSpeed engine and the few things done with it; every method but `parameters` is collective."""
+    """A DeepSpeed engine and the few things done with it; every method is collective."""
 
     engine: Any
     groups: tuple[ParameterGroup, ...]
@@ -32,58 +43,86 @@ class ZeroEngine:
         """Forward of the wrapped module."""
         return self.engine(**inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients. `loss` must already be divided by whatever the global batch is normalised with:
-        DeepSpeed averages over ranks, so its share is multiplied by the world size beforehand."""
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Accumulate gradients; `is_last` says that `step` comes next, whatever the number of calls before.
+
+        `loss` must already be divided by whatever the global batch is normalised with: DeepSpeed averages over ranks,
+        so its share is multiplied by the world size beforehand.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, scale: float) -> float:
-        """Make one optimizer step at ``scale`` times every group's peak learning rate; returns the gradient norm
-        (before clipping). Called once per micro-batch as DeepSpeed wants it; it acts on the last one of a step."""
+    def step(self, scale: float) -> Applied:
+        """Make one optimizer step at ``scale`` times every group's peak learning rate, after the last `backward`."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_learning_rate"] * scale
-        plain = self.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary()
-        norm = _norm(self.engine.module) if plain else None
+        # Plain torch is wrapped in nothing that keeps a norm.
+        is_plain = isinstance(self.engine.optimizer, torch.optim.Optimizer)
+        norm = _norm(self.engine.module) if is_plain else None
         self.engine.step()
+        if not self.engine.was_step_applied():
+            return Applied(grad_norm=float("nan"), is_skipped=True)
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return Applied(grad_norm=float(norm) if norm is not None else float("nan"), is_skipped=False)
 
     def trained_parameters(self) -> dict[str, torch.Tensor]:
-        """Full values of every trained parameter on the CPU, by its name in the wrapped module."""
-        names = {name for group in self.groups for name in group.names}
-        values = {}
-        for name, parameter in self.engine.module.named_parameters():
-            if name in names:
-                with _gathered(parameter, self.zero_stage):
-                    values[name] = parameter.detach().to("cpu", copy=True)
-        return values
+        """Full values of every trained parameter on the CPU, by its name; float32 ones also in mixed precision."""
+        masters = self._unfused_masters()
+        return {
+            name: self._full_value(parameter, masters.get(id(parameter)))
+            for group in self.groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+        }
 
     def save(self, folder: Path, *, tag: str) -> None:
         """Write the trained parameters and the optimizer state, every rank its part into its own `folder`."""
         (folder / tag).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
 
-    def load(self, folder: Path, *, tag: str) -> None:
-        """Read back what `save` wrote (the parts of all ranks together in one `folder`)."""
+    def load(self, folder: Path, *, tag: str, universal: bool = False) -> None:
+        """Read back what `save` wrote (the parts of all ranks together in one `folder`), or, with `universal`, what
+        `universal.universal_form` made of it for another number of ranks."""
+        groups = self.engine.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        self.engine._config.load_universal_checkpoint = universal
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         assert loaded is not None, f"DeepSpeed found no checkpoint {tag} in {folder}"
+        # From the universal form ZeRO-3 gives every group the learning rate and weight decay of the first one, and one
+        # step counter for all, which the groups would each count up.
+        for group, of_group in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(of_group)
+        for state in self.engine.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the module."""
         self.engine.destroy()
 
+    def _full_value(self, parameter: nn.Parameter, master: torch.Tensor | None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if master is None and parameter.dtype != torch.float32:
+            master = safe_get_full_fp32_param(parameter)
+        if master is not None:
+            return master.detach().view(_full_shape(parameter)).to("cpu", copy=True)
+        with _gathered(parameter, self.zero_stage):
+            return parameter.detach().to("cpu", copy=True)
+
+    def _unfused_masters(self) -> dict[int, torch.Tensor]:
+        """float32 weights by the id of their parameter, where ZeRO 0 keeps them beside a model of less precision."""
+        optimizer = self.engine.optimizer
+        if self.zero_stage > 0 or not hasattr(optimizer, "fp32_groups"):
+            return {}
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
 
 def build_engine(
-    module: nn.Module,
-    groups: tuple[ParameterGroup, ...],
-    config: TrainConfig,
-    stage: StageConfig,
-    *,
-    num_micro_batches: int,
-    world: int,
+    module: nn.Module, groups: tuple[ParameterGroup, ...], config: TrainConfig, stage: StageConfig, *, world: int
 ) -> ZeroEngine:
-    """Wrap `module` (ValleyCore, its trainable parameters marked by `requires_grad`) for one stage.
+    """Wrap `module`, its trainable parameters marked by `requires_grad`, for one stage.
 
     Uses the process group that Ray Train has made.
     """
@@ -105,36 +144,48 @@ def build_engine(
         eps=stage.eps,
     )
     num_trained = sum(parameter.numel() for group in groups for parameter in group.parameters)
-    settings = deepspeed_settings(
-        config, stage, num_trained=num_trained, num_micro_batches=num_micro_batches, world=world
-    )
+    settings = deepspeed_settings(config, stage, num_trained=num_trained, world=world)
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return ZeroEngine(engine=engine, groups=groups, zero_stage=config.zero_stage)
 
 
-def deepspeed_settings(
-    config: TrainConfig, stage: StageConfig, *, num_trained: int, num_micro_batches: int, world: int
-) -> dict[str, Any]:
+def deepspeed_settings(config: TrainConfig, stage: StageConfig, *, num_trained: int, world: int) -> dict[str, Any]:
     """DeepSpeed's own configuration of one stage."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        # ZeRO-2 allocates its buckets whole: the default of 5e8 elements is 2 GB, whatever the model's size.
+        "reduce_bucket_size": max(1, min(num_trained, 500_000_000)),
+        "allgather_bucket_size": 2 * max(1, min(num_trained, 250_000_000)),
+        "overlap_comm": config.use_gpu,
+    }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": num_micro_batches,
-        "train_batch_size": config.micro_batch_size * num_micro_batches * world,
+        # Steps have different numbers of micro-batches; the stepper says which one is the last.
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": config.micro_batch_size * world,
         "gradient_clipping": stage.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         # A checkpoint is written to a folder of each rank's own and merged by Ray Train.
         "checkpoint": {"use_node_local_storage": True},
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # ZeRO-2 allocates its buckets whole: the default of 5e8 elements is 2 GB, whatever the model's size.
-            "reduce_bucket_size": max(1, min(num_trained, 500_000_000)),
-            "allgather_bucket_size": 2 * max(1, min(num_trained, 250_000_000)),
-            "overlap_comm": config.use_gpu,
-        },
+        "zero_optimization": zero,
     }
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
+        settings["zero_force_ds_cpu_optimizer"] = False
     if config.precision != "fp32":
         settings[config.precision] = {"enabled": True}
+        if config.zero_stage >= 2:
+            # Below, a sum of many micro-batches' gradients would be rounded after each of them.
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+def load_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put `values` (as `trained_parameters` returned them) into a module that no engine has touched yet."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
 
 
 @contextmanager
@@ -148,14 +199,11 @@ def _gathered(parameter: nn.Parameter, zero_stage: int) -> Iterator[None]:
         yield
 
 
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
 def _norm(module: nn.Module) -> float:
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-
-
-def load_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put `values` (as `trained_parameters` returned them) into a module that no engine has touched yet."""
-    parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
