@@ -20,7 +20,7 @@ class DecodeSettings(Config):
 
     sampling: FrameSampling | None = None
     """Frames taken from a video; None: as the processor says."""
-    block_size: int = Field(default=32, ge=1)
+    block_size: int = Field(default=64, ge=1)
     """Clips per task and per shard; what a crash of a worker makes necessary to decode again."""
     decode_cpus: float = Field(default=0.5, gt=0)
     """CPUs that a decoding task reserves. Fractions, since beside training whole ones would starve each other."""
