@@ -3,6 +3,8 @@
 Ray Data carries paths to the workers and outcomes back; frames go from a worker's decoder to its shard on disk.
 """
 
+import contextlib
+import socket
 import time
 import warnings
 from collections.abc import Generator, Sequence
@@ -17,6 +19,8 @@ from valley_ray.data.outcomes import Outcome
 from valley_ray.data.stages import MAX_ATTEMPTS, DecodeStage
 from valley_ray.errors import DataError, StorageError, ValleyError
 
+NODE_ANSWERS_S = 3.0
+"""Seconds in which a node that lives takes a connection."""
 BLOCK_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
 """Buckets of the dashboard's histogram of a block's time."""
 
@@ -51,7 +55,7 @@ def decode_blocks(
 
     def decode(block: pa.Table) -> pa.Table:
         start = time.perf_counter()
-        outcomes = stage(block)
+        outcomes = stage(block, node=ray.get_runtime_context().get_node_id(), is_alive=is_node_alive)
         seconds = Histogram("valley_data_block_seconds", "Time to decode a block of clips.", list(BLOCK_SECONDS))
         seconds.observe(time.perf_counter() - start)
         return outcomes
@@ -106,6 +110,17 @@ def cpus_of_one_node() -> int | None:
     if sum(node["Alive"] for node in ray.nodes()) > 1:
         return None
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def is_node_alive(node_id: str) -> bool:
+    """Whether a node runs. Ray itself may learn of a power cut half a minute after the tasks of that node are begun
+    again elsewhere, so the node is asked too."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id and node["Alive"]:
+            with contextlib.suppress(OSError):
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), NODE_ANSWERS_S).close()
+                return True
+    return False
 
 
 def _num_tasks(max_tasks: int | None, num_blocks: int) -> int | None:

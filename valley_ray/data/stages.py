@@ -16,7 +16,7 @@ from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.config import validate_config
 from valley_ray.data.commit import ShardWriter
 from valley_ray.data.frame_store import read_shard_records
-from valley_ray.data.journal import BlockJournal
+from valley_ray.data.journal import THIS_MACHINE, BlockJournal, IsAlive
 from valley_ray.data.schema import FAILED, OK, PENDING, WINDOW_SCHEMA, uris_of
 from valley_ray.data.sources.objects import is_object, read_object
 from valley_ray.errors import (
@@ -112,7 +112,8 @@ class DecodeStage:
 
     Needs a fraction of a CPU and the memory of a few clips. A clip that fails is a row with its reason; only what is
     no fault of a clip (a full disk, say) is raised. Called again with the same block, after its result was lost or its
-    worker died, it takes the shard that is there, or goes on past a clip that has killed its worker twice.
+    worker died, it takes the shard that is there, or goes on past a clip that has killed its worker twice. The end of a
+    whole node is no clip's doing: `node` names the one that this runs on, `is_alive` tells of others.
     """
 
     directory: Path
@@ -127,11 +128,11 @@ class DecodeStage:
     again: str = ""
     """Not empty where the clips were decoded before and their shards shall not count."""
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table, *, node: str = THIS_MACHINE, is_alive: IsAlive = lambda name: True) -> pa.Table:
         clips = block.to_pylist()
         name = self._shard_name(clips)
         if not (self.directory / name).exists():
-            with BlockJournal(self.directory, name) as journal:
+            with BlockJournal(self.directory, name, node=node, is_alive=is_alive) as journal:
                 if (times := journal.deaths_between) > self.max_deaths:
                     raise DataError(f"{name}: its worker died {times} times between two clips; see the worker's log")
                 with ShardWriter(self.directory, name, fingerprint=self.fingerprint) as shard:

@@ -219,6 +219,21 @@ def test_clip_that_kills_its_worker_fails_alone_after_two_deaths(tmp_path: Path)
     assert not list(tmp_path.glob(".*")), "a run that ends takes the notes of those before it along"
 
 
+def test_the_end_of_a_whole_node_is_no_clips_doing(tmp_path: Path) -> None:
+    clips = [clip_row("video", str(write_clip(tmp_path / f"{i}.mp4", brightness=50 * i))) for i in range(3)]
+    name = make_stage(tmp_path)._shard_name(rows_of(clips))
+    for node, clip in [("gone-1", 0), ("gone-2", 0), ("gone-2", 1), ("there", 1), ("there", 2), ("here", 2)]:
+        BlockJournal(tmp_path, name, node=node).__enter__().begin(clips[clip]["clip_id"])
+    for _ in range(4):
+        BlockJournal(tmp_path, name, node="gone-3").__enter__()
+    table = pa.Table.from_pylist(rows_of(clips), schema=BLOCK_SCHEMA)
+    stage = make_stage(tmp_path, max_deaths=1)
+    outcomes = stage(table, node="here", is_alive=lambda name: name == "there").to_pylist()
+    assert [outcome["status"] for outcome in outcomes] == [OK, OK, FAILED]
+    assert [outcome["attempts"] for outcome in outcomes] == [1, 2, 2], "only deaths on nodes that live count"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_block_whose_worker_dies_between_clips_is_given_up_in_the_end(tmp_path: Path) -> None:
     clips = [clip_row("video", str(write_clip(tmp_path / "good.mp4", brightness=100)))]
     name = make_stage(tmp_path)._shard_name(rows_of(clips))
