@@ -15,10 +15,11 @@ import pyarrow as pa
 import pytest
 import ray
 from data_clips import turns, write_clip, write_records
+from PIL import Image
 
 from valley_ray.data.commit import exclusive
 from valley_ray.data.config import PrepareConfig
-from valley_ray.data.execution import decode_blocks
+from valley_ray.data.execution import decode_blocks, is_node_alive
 from valley_ray.data.frame_store import FrameStore
 from valley_ray.data.prepare import PrepareSummary, prepare, read_tables
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, SAMPLES_SCHEMA, check_clips, check_samples
@@ -183,6 +184,31 @@ def test_prepared_windows_train_and_another_plan_lies_beside_them(tmp_path: Path
     )
     assert trained.num_steps == 2
     assert (trained.model_folder / "config.json").is_file()
+
+
+def test_rows_that_name_no_file_keep_their_reason_and_folders_of_frames_are_compared(tmp_path: Path) -> None:
+    videos, output = tmp_path / "videos", tmp_path / "out"
+    for folder in ("one", "two", "other"):
+        (videos / folder).mkdir(parents=True)
+        for number in range(3):
+            level = 60 * number + (folder == "other")
+            Image.new("RGB", (40, 40), (level, 0, 0)).save(videos / folder / f"{number}.png")
+    table = tmp_path / "clips.csv"
+    table.write_text(f"media,start_s,end_s\n{write_clip(tmp_path / 'a.mp4', brightness=9)},,\na.mp4,5,2\n,,\nb.mp4,,\n")
+    summary = run(output, videos, table)
+    assert (summary.rows_in, summary.ok, summary.duplicates, summary.clips_decoded) == (7, 4, 1, 5)
+    assert summary.by_error_class == {"invalid_data": 2, "source_not_found": 1}
+    rows = ledger(output)
+    assert rows["one"]["content_digest"] == rows["two"]["content_digest"] != rows["other"]["content_digest"]
+    bad = rows["clips.csv: row 1"]
+    assert (bad["error"], bad["attempts"]) == ("the window ends at 2 s, not after its start at 5 s", 0)
+    again = run(output, videos, table, retry_failed=True)
+    assert (again.by_error_class, again.clips_decoded) == (summary.by_error_class, 1), "only the missing file is tried"
+
+
+def test_nodes_are_told_apart_from_those_that_have_gone() -> None:
+    assert is_node_alive(ray.nodes()[0]["NodeID"])
+    assert not is_node_alive("0" * 56)
 
 
 def test_clip_that_kills_its_worker_every_time_fails_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -18,8 +19,13 @@ import pyarrow.parquet as pq
 from valley_ray.data.feature_store import FEATURES_SCHEMA
 from valley_ray.data.schema import CLIPS_SCHEMA, SHARD_SCHEMA, WINDOW_SCHEMA
 from valley_ray.data.shards import FAILED_FILE, LOCK_FILE, WindowManifest, window_name
-from valley_ray.errors import DataError
+from valley_ray.errors import DataError, StorageError
 from valley_ray.media.frames import VideoFrames
+
+_STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT),
+}
 
 
 class RowWriter:
@@ -95,9 +101,12 @@ def exclusive(directory: Path, *, setting: str = "windows_dir") -> Iterator[None
 
     Raises:
         DataError: another pipeline is writing there.
+        StorageError: the folder cannot be made or written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK_FILE).open("w") as lock:
+    with storing(directory, setting=setting):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / LOCK_FILE).open("w")
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -105,6 +114,20 @@ def exclusive(directory: Path, *, setting: str = "windows_dir") -> Iterator[None
                 f"another pipeline is writing to {directory}; wait for its end or choose another {setting}"
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def storing(directory: Path, *, setting: str) -> Iterator[None]:
+    """Turn a full disk and missing rights into a StorageError that names `directory`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        reason = os.strerror(error.errno)
+        raise StorageError(
+            f"cannot write to {directory} ({reason}); make room, check its rights or choose another {setting}"
+        ) from error
 
 
 def commit_window(directory: Path, manifest: WindowManifest, samples: pa.Table, clips: pa.Table) -> None:

@@ -1,7 +1,7 @@
 """Which files hold equal bytes: digests where they can matter, and the rows that repeat an earlier one.
 
 Only files whose size another file has are read: others cannot be equal. Bytes that were read anyway, over the net, have
-their digest already. Folders of frames have none, so they equal nothing here.
+their digest already. A folder of frames counts as its images, one after the other by name.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import ray
 
 from valley_ray.data.execution import cpus_of_one_node
 from valley_ray.data.schema import CLIPS_SCHEMA, uris_of
+from valley_ray.media.source import frame_files
 
 DIGEST_BYTES = 16
 FILES_PER_TASK = 64
@@ -36,12 +37,11 @@ def with_digests(clips: pa.Table, earlier: pa.Table, *, num_cpus: float) -> pa.T
     }
     uris_of_size: dict[int | None, set[str]] = {}
     for row in rows:
-        if row["kind"] != "frames":
-            uris_of_size.setdefault(row["size_bytes"], set()).add(row["uri"])
+        uris_of_size.setdefault(row["size_bytes"], set()).add(row["uri"])
     wanted = {
         (row["uri"], row["etag"], row["size_bytes"]): uris_of(row["kind"], row["uri"])
         for row in rows
-        if row["kind"] != "frames" and row["size_bytes"] is not None and len(uris_of_size[row["size_bytes"]]) > 1
+        if row["size_bytes"] is not None and len(uris_of_size[row["size_bytes"]]) > 1
     }
     missing = [key for key in wanted if key not in known and not any("://" in uri for uri in wanted[key])]
     known.update(zip(missing, _digests([wanted[key] for key in missing], num_cpus=num_cpus), strict=True))
@@ -79,13 +79,20 @@ def _digests_here(files: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _digest_of(paths: Sequence[str]) -> str:
-    """Hex digest of the files' bytes; empty where they cannot be read."""
+    """Hex digest of the files' bytes, those of a folder's images by name; empty where they cannot be read."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     try:
-        for path in paths:
-            with Path(path).open("rb") as file:
+        for file_path in _files(paths):
+            with file_path.open("rb") as file:
                 while part := file.read(1 << 20):
                     digest.update(part)
     except OSError:
         return ""
     return digest.hexdigest()
+
+
+def _files(paths: Sequence[str]) -> Generator[Path, None, None]:
+    for path in map(Path, paths):
+        if not path.is_dir() and not path.is_file():
+            raise FileNotFoundError(f"{path} is neither a file nor a folder")  # a pipe would be waited for
+        yield from frame_files(path) if path.is_dir() else [path]

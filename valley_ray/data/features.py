@@ -53,7 +53,7 @@ def features_of_clips(
     if features is None:
         return FeatureCounts()
     places = {clip_id: (outcome["shard"], outcome["row"]) for clip_id, outcome in outcomes.items()}
-    shards = list(dict.fromkeys(shard for shard, _ in places.values()))
+    shards = list(dict.fromkeys(shard for shard, _ in places.values() if shard is not None))
     missing = missing_features(shards, shards_dir, features)
     num_made, num_rows = 0, sum(map_table(shards_dir / shard).num_rows for shard in missing)
     progress = DecodeProgress(num_rows, 0, what="features")
@@ -136,10 +136,15 @@ def make_features(
         raise error_of_user(error, settings="feature_actors or feature_batch_frames") or error from None
 
 
-def status_of_clips(places: Mapping[str, tuple[str, int]], shards_dir: Path, features: FeatureSet) -> dict[str, str]:
-    """clip_id → status of its features, for clips at `places` (shard, row)."""
+def status_of_clips(
+    places: Mapping[str, tuple[str | None, int]], shards_dir: Path, features: FeatureSet
+) -> dict[str, str]:
+    """clip_id → status of its features, for clips at `places` (shard, row); failed for those that have no place."""
     found, files = {}, {}
     for clip_id, (shard, row) in places.items():
+        if shard is None:
+            found[clip_id] = FAILED
+            continue
         if shard not in files:
             files[shard] = read_statuses(shards_dir / features.name / shard)
         assert files[shard]["clip_id"][row] == clip_id, f"row {row} of {features.name}/{shard} is not {clip_id}"

@@ -26,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from valley_ray.data.commit import exclusive, write_json
+from valley_ray.data.check import CLIPS_DIR, SAMPLES_DIR, TABLE_PATTERN, check_output
+from valley_ray.data.commit import exclusive, storing, write_json
 from valley_ray.data.compact import compact_locked, moved_places
 from valley_ray.data.config import PrepareConfig
 from valley_ray.data.decoding import Decoding, decode_stage
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrepareSummary", "prepare", "read_tables"]
 
-CATALOG_DIR, SHARDS_DIR, WINDOWS_DIR, CLIPS_DIR, SAMPLES_DIR = "catalog", "shards", "windows", "clips", "samples"
+CATALOG_DIR, SHARDS_DIR, WINDOWS_DIR = "catalog", "shards", "windows"
 RETRIED_FILE = "retried.json"
 ROWS_PER_FILE = 1 << 17
 
@@ -86,7 +87,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     Progress goes to stderr and to the metrics of Ray's dashboard.
 
     Raises:
-        DataError: a source cannot be read or is empty, or another run writes to the folder.
+        DataError: a source cannot be read or is empty, another run writes to the folder, or what lies in it is not of
+            an earlier one.
         CheckpointError: the model folder's processor, or the tower for features, cannot be opened.
         ConfigError: the video decoder is not installed, the crops give frames of many sizes, or features were asked
             for that the model cannot use.
@@ -94,7 +96,12 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """
     start = time.perf_counter()
     output = config.output.absolute()
-    with exclusive(output, setting="output"), exclusive(output / SHARDS_DIR, setting="output"):
+    check_output(output)
+    with (
+        exclusive(output, setting="output"),
+        exclusive(output / SHARDS_DIR, setting="output"),
+        storing(output, setting="output"),
+    ):
         job = _read(config, output)
         outcomes, num_decoded, plan = _decode(job)
         features = features_of_clips(outcomes, output / SHARDS_DIR, job.features, config)
@@ -161,7 +168,7 @@ def _decode(job: _Job) -> tuple[Mapping[str, Outcome], int, Plan | None]:
     stage = decode_stage(config, shards_dir, processing=job.processing, sampling=job.sampling, again=again)
     known = known_outcomes(shards_dir, job.clips, stage.fingerprint)
     if config.retry_failed:
-        known = Outcomes((clip_id, outcome) for clip_id, outcome in known.items() if outcome["status"] == OK)
+        known = Outcomes((name, one) for name, one in known.items() if one["status"] == OK or one["shard"] is None)
     progress = DecodeProgress(job.clips.num_rows, len(known))
     all_windows = [*windows, rest_window(windows, job.clips)]
     with (
@@ -243,5 +250,8 @@ def _replace_tables(directory: Path, table: pa.Table) -> None:
     for first in range(0, max(1, table.num_rows), ROWS_PER_FILE):
         path = temporary / f"part-{first // ROWS_PER_FILE:05d}.parquet"
         pq.write_table(table.slice(first, ROWS_PER_FILE), path)
-    shutil.rmtree(directory, ignore_errors=True)
+    for old in directory.glob(TABLE_PATTERN):
+        old.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        directory.rmdir()
     temporary.rename(directory)

@@ -76,10 +76,14 @@ def counts_by_status(table: pa.Table) -> dict[str, Any]:
 def counts_of_clips(clips: pa.Table, written: pa.Table) -> dict[str, Any]:
     """Counts of the ledger, as it can be read back."""
     counts = counts_by_status(written)
-    distinct = (written.group_by(columns).aggregate([]).num_rows for columns in (["clip_id"], ["shard", "row"]))
+    placed = written.filter(pc.is_valid(written["shard"]))
+    repeated = [
+        table.num_rows - table.group_by(columns).aggregate([]).num_rows
+        for table, columns in ((written, ["clip_id"]), (placed, ["shard", "row"]))
+    ]
     return {
         "rows_in": counts.pop("in"),
         **counts,
         "duplicates": num_repeated_contents(clips),
-        "repeated_rows": written.num_rows - min(distinct),
+        "repeated_rows": max(repeated),
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from valley_ray.data.commit import write_json
 from valley_ray.data.frame_store import shard_paths
@@ -23,7 +24,7 @@ from valley_ray.data.outcomes import Outcome as Outcome
 from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
 from valley_ray.data.shards import STORE_FILE, StoreInfo, WindowStore
-from valley_ray.data.stages import BLOCK_SCHEMA, outcomes_in
+from valley_ray.data.stages import BLOCK_SCHEMA, OUTCOME_SCHEMA, outcomes_in
 from valley_ray.errors import DataError
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
@@ -148,12 +149,14 @@ def decode_fingerprint(sampling: FrameSampling, *, video_crop: Crop, image_crop:
 def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> Outcomes:
     """Outcomes by clip_id of those of `clips` that a shard under `shards_dir` holds, whoever had it made.
 
-    Where several do, one that succeeded counts. Shards of other clips, other sizes or times of the same files, or with
-    another `fingerprint` (see `decode_fingerprint`) are left alone.
+    Clips that their source has failed already are among them, with its reason and without a shard: they name nothing
+    that could be decoded. Where several shards hold a clip, one that succeeded counts. Shards of other clips, other
+    sizes or times of the same files, or with another `fingerprint` (see `decode_fingerprint`) are left alone.
     """
     columns = clips.select(["clip_id", "etag", "size_bytes"]).to_pydict()
     keys = dict(zip(columns["clip_id"], zip(columns["etag"], columns["size_bytes"], strict=True), strict=True))
-    known = Outcomes()
+    failed = clips.filter(pc.equal(clips["status"], FAILED)).select(OUTCOME_SCHEMA.names).to_pylist()
+    known = Outcomes((row["clip_id"], row) for row in failed)
     for path in shard_paths(shards_dir):
         try:
             made_with, outcomes = outcomes_in(path)

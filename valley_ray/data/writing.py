@@ -105,7 +105,7 @@ def _commit(window: PlannedWindow, plan: Plan, directory: Path, decoding: Decodi
         num_label_tokens=sum(tokenized["num_label_tokens"].to_pylist()),
         num_clips=len(window.clips),
         by_error_class=dict(failed),
-        shards=tuple(sorted({outcomes[clip_id]["shard"] for clip_id in ids})),
+        shards=tuple(sorted({outcomes[clip_id]["shard"] for clip_id in ids} - {None})),
         fingerprint=plan.info.fingerprint,
         is_last=window.index == len(plan.windows) - 1,
     )

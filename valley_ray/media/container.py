@@ -103,7 +103,9 @@ def _open_with(source: MediaSource, options: dict[str, str], *, name: str) -> An
                 f"{name}: the mp4 index (moov box) is missing or cut off; copy the file again"
             ) from error
         if head.startswith(_MAGICS):
-            raise CorruptMediaError(f"{name}: the container header cannot be read ({reason(error)})") from error
+            raise CorruptMediaError(
+                f"{name}: the container header cannot be read ({reason(error)}); copy it again"
+            ) from error
         raise NotMediaError(f"{name}: not a video or image ({reason(error)}); give a media file") from error
 
 

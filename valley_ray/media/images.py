@@ -14,9 +14,8 @@ from valley_ray.media.container import check_pixels
 from valley_ray.media.frames import VideoFrames
 from valley_ray.media.pyav_backend import Transform
 from valley_ray.media.sampling import FrameSampling, frame_indices
-from valley_ray.media.source import DecodeLimits, MediaInfo, MediaSource, source_size
+from valley_ray.media.source import IMAGE_SUFFIXES, DecodeLimits, MediaInfo, MediaSource, frame_files, source_size
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _EXIF_ORIENTATION = 0x0112
 _EXIF_ROTATIONS = {3: 180, 4: 180, 5: 270, 6: 270, 7: 90, 8: 90}
@@ -50,11 +49,9 @@ def list_frames(
     folder: Path, *, name: str, limits: DecodeLimits, order: Literal["name", "directory"] = "name"
 ) -> list[Path]:
     """The images of a folder, sorted by name or (upstream, valley/util/data_util.py) as the directory lists them."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    if order == "name":
-        found.sort()
+    found = frame_files(folder, order=order)
     if not found:
-        raise EmptyMediaError(f"{name}: a folder without images ({', '.join(_SUFFIXES)})")
+        raise EmptyMediaError(f"{name}: a folder without images ({', '.join(IMAGE_SUFFIXES)})")
     if len(found) > limits.max_packets:
         raise MediaLimitError(f"{name}: {len(found)} images are more than {limits.max_packets=}")
     return found
@@ -105,7 +102,7 @@ def _read(source: MediaSource, *, name: str, limits: DecodeLimits) -> tuple[npt.
         except (OSError, SyntaxError, ValueError) as error:
             if "truncated" in str(error):
                 raise TruncatedMediaError(f"{name}: the image is cut off; copy the file again") from error
-            raise CorruptMediaError(f"{name}: the image does not decode ({_line(error)})") from error
+            raise CorruptMediaError(f"{name}: the image does not decode ({_line(error)}); copy it again") from error
 
 
 def _info(image: Any, *, rotation: int | None = None) -> MediaInfo:
@@ -125,7 +122,7 @@ def _open(source: MediaSource, *, name: str, limits: DecodeLimits) -> Any:
     except Image.DecompressionBombError as error:
         raise MediaLimitError(f"{name}: {_line(error)}") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise CorruptMediaError(f"{name}: the image header cannot be read ({_line(error)})") from error
+        raise CorruptMediaError(f"{name}: the image header cannot be read ({_line(error)}); copy it again") from error
     check_pixels(image.width, image.height, name=name, limits=limits)
     return image
 

@@ -68,7 +68,7 @@ def read_packets(container: Any, stream: Any, *, name: str, limits: DecodeLimits
     except av.error.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
-        raise CorruptMediaError(f"{name}: the container breaks off ({reason(error)})") from error
+        raise CorruptMediaError(f"{name}: the container breaks off ({reason(error)}); copy it again") from error
     return _table(pts, dts, is_key, is_shown)
 
 

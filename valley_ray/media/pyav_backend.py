@@ -240,7 +240,7 @@ def _decode_sequentially(
         times_s = _times_s(pts, float(stream.time_base), fps)
         check_complete(container, stream, times_s, name=name)
         if not len(times_s):
-            raise CorruptMediaError(f"{name}: not one frame of its video stream decodes")
+            raise CorruptMediaError(f"{name}: not one frame of its video stream decodes; copy or re-encode it")
         info = media_info(container, stream, num_frames=len(times_s))
     indices = _choose(sampling, times_s, fps, name=name, limits=limits)
     wanted = set(indices.tolist())
@@ -268,7 +268,9 @@ def _all_frames(container: Any, stream: Any, *, name: str, limits: DecodeLimits)
     except av.error.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
-        raise CorruptMediaError(f"{name}: frame {number} does not decode ({reason(error)})") from error
+        raise CorruptMediaError(
+            f"{name}: frame {number} does not decode ({reason(error)}); copy or re-encode it"
+        ) from error
 
 
 def _times_s(pts: list[int | None], time_base: float, fps: float) -> npt.NDArray[np.float64]:

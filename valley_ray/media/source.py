@@ -14,6 +14,9 @@ MediaSource = Path | bytes
 
 MediaKind = Literal["video", "image", "frames"]
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Lower-case endings of the frames of a folder."""
+
 _Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -73,6 +76,12 @@ _MEDIA_INFO = TypeAdapter(MediaInfo)
 def parse_media_info(fields: object) -> MediaInfo:
     """Media information from the fields that another process sent; raises ValueError unless each is of its range."""
     return _MEDIA_INFO.validate_python(fields)
+
+
+def frame_files(folder: Path, *, order: Literal["name", "directory"] = "name") -> list[Path]:
+    """The images of a folder, which may have none: sorted by name, or as the directory lists them."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    return sorted(found) if order == "name" else found
 
 
 def source_name(source: MediaSource, name: str | None = None) -> str:

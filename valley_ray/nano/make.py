@@ -72,6 +72,10 @@ def write_clips(data_root: Path, split: Split, stems: Iterable[str]) -> None:
         write_scene(data_root / clip_name(split, stem), split.scene(stem))
 
 
+SMALL_WORLD = WorldConfig(num_train=96, num_held_out=32, num_train_harder=24, num_held_out_harder=8)
+"""Clips enough to watch the data platform at work: 224 of them, made in seconds."""
+
+
 def make_clips(data_root: Path, world: WorldConfig, *, say: Callable[[str], None]) -> None:
     """Make in one process the clips and their record files in `data_root`, if they are missing."""
     if (data_root / "train.json").is_file():

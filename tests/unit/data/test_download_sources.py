@@ -10,7 +10,8 @@ import pytest
 
 from valley_ray.config import validate_config
 from valley_ray.data.download.config import DownloadConfig
-from valley_ray.data.download.sources import Row, parse_vatex_id, read_rows
+from valley_ray.data.download.sources import Row, read_rows
+from valley_ray.data.sources.valley_instruct import parse_vatex_id
 from valley_ray.errors import ConfigError, DataError
 
 URL = "https://media.example/clips/A clip.webm?key=secret"

@@ -54,6 +54,21 @@ def test_subfolder_of_numbered_images_is_a_clip_and_other_images_are_images(tmp_
     ]
 
 
+def test_folder_of_frames_changes_with_each_image_in_it(tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in range(3):
+        (frames / f"{number}.png").write_bytes(b"12345")
+    (frames / "notes.txt").write_bytes(b"123")
+    [before] = read(tmp_path)
+    assert before["size_bytes"] == 15
+    status = (frames / "1.png").stat()
+    (frames / "1.png").write_bytes(b"54321")
+    os.utime(frames / "1.png", ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+    [after] = read(tmp_path)
+    assert (after["clip_id"], after["etag"] != before["etag"]) == (before["clip_id"], True), "older, of one size"
+
+
 def test_links_are_followed_and_do_not_lead_round_in_circles(tmp_path: Path) -> None:
     (tmp_path / "media/inner").mkdir(parents=True)
     (tmp_path / "media/inner/a.mp4").touch()

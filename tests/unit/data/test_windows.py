@@ -11,6 +11,7 @@ from valley_ray.data.commit import ShardWriter
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, SAMPLES_SCHEMA
 from valley_ray.data.shards import StoreInfo
 from valley_ray.data.sources import clip_row
+from valley_ray.data.sources.media import failed_clip
 from valley_ray.data.stages import OUTCOME_SCHEMA
 from valley_ray.errors import DataError
 from valley_ray.media.frames import VideoFrames
@@ -123,3 +124,17 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
     kept = write_shard(tmp_path, "shard-00000-0000-x.arrow", "f", [("a", "")])
     windows.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_clips_that_their_source_has_failed_are_known_with_its_reason(tmp_path: Path) -> None:
+    clips = pa.Table.from_pylist(
+        [clip_row("video", "a"), failed_clip("row 7", DataError("a row needs a file"))], schema=CLIPS_SCHEMA
+    )
+    known = windows.known_outcomes(tmp_path, clips, "f")
+    [outcome] = known.values()
+    assert (outcome["status"], outcome["error_class"], outcome["error"]) == (
+        FAILED,
+        "invalid_data",
+        "a row needs a file",
+    )
+    assert (outcome["attempts"], outcome["shard"], outcome["row"]) == (0, None, None)

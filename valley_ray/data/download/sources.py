@@ -13,9 +13,9 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from valley_ray.data.download.config import CategoryList, DownloadConfig, UrlList, VatexAnnotations
 from valley_ray.data.download.lists import read_json, read_list
+from valley_ray.data.sources.valley_instruct import parse_vatex_id
 from valley_ray.errors import DataError
 
-_VATEX_ID = re.compile(r"([A-Za-z0-9_-]{11})_(\d{6})_(\d{6})")
 _MAX_NAME_BYTES = 200
 _PARTIAL_ENDINGS = (".part", ".part.json")
 
@@ -82,21 +82,6 @@ def read_rows(config: DownloadConfig) -> list[Row]:
         names = ", ".join(str(source.path) for source in config.sources)
         raise DataError(f"nothing to fetch: {names} hold(s) no row; give a list with at least one")
     return _settle(rows)
-
-
-def parse_vatex_id(text: str) -> tuple[str, float, float]:
-    """(YouTube id, start, end in seconds) of a VATEX `videoID`.
-
-    Raises:
-        DataError: not eleven characters and twice six digits, or a window that ends before it starts.
-    """
-    match = _VATEX_ID.fullmatch(text)
-    if match is None:
-        raise DataError(f"videoID must read <11 characters>_<6 digits>_<6 digits>, got {text!r:.80}")
-    start_s, end_s = float(match[2]), float(match[3])
-    if end_s <= start_s:
-        raise DataError(f"videoID {text!r}: the window ends at {end_s:g} s, before its start at {start_s:g} s")
-    return match[1], start_s, end_s
 
 
 def _vatex_rows(source: VatexAnnotations, index: int) -> Iterable[Row]:

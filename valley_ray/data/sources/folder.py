@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from valley_ray.data.sources.files import ending, is_folder, is_url, is_web, join, list_folder, reading, shown
-from valley_ray.data.sources.media import IMAGE_ENDINGS, VIDEO_ENDINGS, encodable, failed_clip, is_media, make_row
+from valley_ray.data.sources.media import VIDEO_ENDINGS, encodable, failed_clip, is_media, make_row
 from valley_ray.data.sources.rows import CatalogRow, Source
 from valley_ray.errors import DataError
+from valley_ray.media.source import IMAGE_SUFFIXES
 
 _NUMBERED = re.compile(r"(.*?)\d+")
 
@@ -28,7 +29,7 @@ def read_folder(source: Source) -> Iterator[CatalogRow]:
         num_clips += 1
         yield _row(path, source)
     if not num_clips:
-        known = ", ".join((*VIDEO_ENDINGS, *IMAGE_ENDINGS))
+        known = ", ".join((*VIDEO_ENDINGS, *IMAGE_SUFFIXES))
         raise DataError(f"{shown(source.path)}: no file in it ends in {known}; records are named by their own file")
 
 
@@ -37,7 +38,7 @@ def _row(path: str, source: Source) -> CatalogRow:
         encodable(path, "path")
     except DataError as error:
         return CatalogRow(None, (failed_clip(path, error),))
-    kind = "image" if ending(path) in IMAGE_ENDINGS else "video"
+    kind = "image" if ending(path) in IMAGE_SUFFIXES else "video"
     found = source.media.find(path) if not is_web(path) else None
     return CatalogRow(None, (make_row(kind, path if found is None else found.uri, [found] if found else []),))
 
@@ -73,6 +74,6 @@ def _are_frames(files: Sequence[str]) -> bool:
     stems = [_NUMBERED.fullmatch(os.path.splitext(name)[0]) for name in files]
     return (
         len(files) > 1
-        and all(ending(name) in IMAGE_ENDINGS for name in files)
+        and all(ending(name) in IMAGE_SUFFIXES for name in files)
         and len({match[1] if match else name for match, name in zip(stems, files, strict=True)}) == 1
     )

@@ -24,6 +24,7 @@ from valley_ray.data.sources.files import (
     shown,
 )
 from valley_ray.errors import DataError, ValleyError
+from valley_ray.media.source import IMAGE_SUFFIXES
 
 DEFAULT_FOLDER = "webvid"
 """Where upstream looks for a video whose record names no `source`."""
@@ -31,7 +32,6 @@ DEFAULT_FOLDER = "webvid"
 COCO_PREFIX = "COCO_train2014_"
 """What upstream puts before the names of images in a folder of that name."""
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_ENDINGS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob", ".ts"),
     *(".mts", ".m2ts", ".wmv", ".asf", ".flv", ".f4v", ".ogv", ".3gp", ".3g2", ".mxf", ".mjpeg", ".divx"),
@@ -53,13 +53,13 @@ class Found:
     uri: str
     size_bytes: int | None
     etag: str
-    """Identity of its bytes: `mtime-<ns>`, or what the store gives; empty where that is unknown."""
+    """Identity of its bytes: `mtime-<ns>`, `files-<digest>` for a folder of frames, or what the store gives, if any."""
     is_folder: bool = False
 
 
 def is_media(name: str) -> bool:
     """Whether a file of this name counts as a video or an image."""
-    return ending(name) in VIDEO_ENDINGS or ending(name) in IMAGE_ENDINGS
+    return ending(name) in VIDEO_ENDINGS or ending(name) in IMAGE_SUFFIXES
 
 
 def places(kind: str, name: str, record: Mapping[str, Any], media_root: Path | str) -> list[str]:
@@ -255,7 +255,20 @@ def _stat(path: str) -> Found | None:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return Found(path, status.st_size, f"mtime-{status.st_mtime_ns}", S_ISDIR(status.st_mode))
+    if S_ISDIR(status.st_mode):
+        return _stat_frames(path)
+    return Found(path, status.st_size, f"mtime-{status.st_mtime_ns}")
+
+
+def _stat_frames(folder: str) -> Found | None:
+    """A folder of frames; its own size and time stay the same when an image in it is written anew."""
+    try:
+        found = sorted((one.name, one.stat()) for one in os.scandir(folder) if ending(one.name) in IMAGE_SUFFIXES)
+    except OSError:
+        return None
+    key = json.dumps([[name, status.st_size, status.st_mtime_ns] for name, status in found])
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return Found(folder, sum(status.st_size for _, status in found), f"files-{digest}", is_folder=True)
 
 
 def _list(folder: str) -> frozenset[str] | None:

@@ -56,6 +56,17 @@ def open_source(config: SourceConfig, *, name: str | None = None) -> tuple[Forma
     return format_name, READERS[format_name](source)
 
 
+def check_source(config: SourceConfig) -> None:
+    """Raise DataError where `open_source` would: nothing is there, or its format cannot be told."""
+    path = normalized(config.path)
+    if config.format == "auto":
+        detect(path)
+    elif not is_web(path) and not exists(path):
+        raise _missing(path)
+    if config.companion is not None and not is_web(config.companion) and not exists(normalized(config.companion)):
+        raise _missing(normalized(config.companion))
+
+
 def detect(path: str) -> FormatName:
     """The format of what lies at `path`.
 
@@ -63,7 +74,7 @@ def detect(path: str) -> FormatName:
         DataError: nothing is there, or no format fits; says what was seen and which formats there are.
     """
     if not is_web(path) and not exists(path):
-        raise DataError(f"cannot read records {shown(path)}: there is no such file or folder")
+        raise _missing(path)
     if is_folder(path) or is_media(path):
         return "folder"
     if ending(path) in TABLES:
@@ -71,6 +82,10 @@ def detect(path: str) -> FormatName:
     if ending(path) == ".json" or _begins_like_a_list(path):
         return _detect_list(path)
     raise _unknown(path, f"the ending {ending(path) or 'none'} and no JSON list")
+
+
+def _missing(path: str) -> DataError:
+    return DataError(f"cannot read records {shown(path)}: there is no such file or folder; check the path")
 
 
 def _begins_like_a_list(path: str) -> bool:

@@ -28,11 +28,12 @@ from valley_ray.data.sources.files import (
 )
 from valley_ray.data.sources.json_text import read_json_lines
 from valley_ray.data.sources.llava import conversation_row
-from valley_ray.data.sources.media import IMAGE_ENDINGS, clip_id, failed_clip
+from valley_ray.data.sources.media import clip_id, failed_clip
 from valley_ray.data.sources.rows import CatalogRow, Source, failed, file_names, id_text, sample_of
 from valley_ray.data.sources.valley_instruct import VIDEO_ID_KEYS
 from valley_ray.data.sources.videochat import QA_KEY
 from valley_ray.errors import DataError, ValleyError
+from valley_ray.media.source import IMAGE_SUFFIXES
 
 COLUMNS = ("id", "video", "image", "media", "question", "answer", "conversations", "start_s", "end_s")
 _MEDIA = ("video", "image", "media")
@@ -149,7 +150,7 @@ def _media(values: Mapping[str, Any]) -> dict[str, Any]:
         return media
     if media:
         raise DataError(f"'media' beside {' and '.join(media)}: give the file in one column")
-    kinds = {"image" if ending(name) in IMAGE_ENDINGS else "video" for name in file_names(values, "media")}
+    kinds = {"image" if ending(name) in IMAGE_SUFFIXES else "video" for name in file_names(values, "media")}
     if len(kinds) > 1:
         raise DataError("'media' lists images and videos; give them in the columns image and video")
     return {kinds.pop(): values["media"]}

@@ -52,6 +52,18 @@ def parse_windowed_id(text: str) -> tuple[str, float, float] | None:
     return match[1], start_s, end_s
 
 
+def parse_vatex_id(text: str) -> tuple[str, float, float]:
+    """(YouTube id, start, end in seconds) of a VATEX `videoID`, which always carries a window.
+
+    Raises:
+        DataError: not eleven characters and twice six digits, or a window that ends before it starts.
+    """
+    parsed = parse_windowed_id(text)
+    if parsed is None:
+        raise DataError(f"videoID must read <11 characters>_<6 digits>_<6 digits>, got {text!r:.80}")
+    return parsed
+
+
 def windowed_clip(media: Media, kind: str, names: Sequence[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The clip row of a record with an id of VIDEO_ID_KEYS: the cut clip where it is there, else window and video.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from valley_ray.data.sources.json_text import read_json_list
 from valley_ray.data.sources.rows import CatalogRow, Source, failed, question_row
-from valley_ray.data.sources.valley_instruct import parse_windowed_id, windowed_clip
+from valley_ray.data.sources.valley_instruct import parse_vatex_id, windowed_clip
 from valley_ray.errors import DataError, ValleyError
 
 QUESTIONS = {"enCap": "Describe this video in one sentence.", "chCap": "用一句话描述这段视频。"}
@@ -44,8 +44,7 @@ def _read(record: Any) -> tuple[str, list[tuple[str, int, Any]]]:
     video_id = record.get("videoID") if isinstance(record, dict) else None
     if not isinstance(video_id, str):
         raise DataError(f"an annotation must be an object with a text videoID, got {record!r:.80}")
-    if parse_windowed_id(video_id) is None:
-        raise DataError(f"videoID must read <11 characters>_<6 digits>_<6 digits>, got {video_id!r:.80}")
+    parse_vatex_id(video_id)
     captions = []
     for key in QUESTIONS:
         texts = record.get(key) or []
