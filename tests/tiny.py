@@ -73,6 +73,8 @@ def make_tiny_valley(folder: Path, *, seed: int = 0) -> Path:
             )
         )
         model = ValleyForConditionalGeneration.from_backbones(vision_tower, language_model, tokenizer)
+        # A projector with a bias of zeros is one that no stage has trained.
+        torch.nn.init.normal_(model.core.mm_projector.bias, std=0.02)
     crop = Crop(size=IMAGE_SIZE, short_side=IMAGE_SIZE)
     config = ProcessorConfig(
         num_patches=model.config.num_patches,

@@ -219,6 +219,7 @@ def test_training_beside_the_pipeline_sees_what_its_shards_hold(tiny_valley: Pat
 def test_records_that_cannot_be_read_are_said_before_any_worker_starts(
     tiny_valley: Path, runs: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "records.json").write_text("{")
     config = make_config(tiny_valley, tmp_path, runs, "no-data", data=overlap(tmp_path, window_size=6))
     with pytest.raises(DataError, match=r"records\.json"):
         train(config)

@@ -24,7 +24,7 @@ from valley_ray.model.folders import base_folder, read_json
 from valley_ray.model.towers import read_tower
 from valley_ray.model.weight_files import find_files, listed, read_weights
 
-__all__ = ["base_folder", "load_folder", "our_name", "read_config", "their_name"]
+__all__ = ["base_folder", "load_folder", "our_name", "read_config", "read_model_config", "read_weight", "their_name"]
 
 UPSTREAM_PREFIXES = (
     ("model.vision_tower.vision_model.", "vision_tower."),
@@ -84,6 +84,26 @@ def load_folder(load: Callable[..., Any], folder: Path, *, allow_bin: bool = Tru
     model.generation_config = opened.generation_config
     model.config._name_or_path = str(folder)
     return model
+
+
+def read_model_config(folder: Path) -> ValleyConfig:
+    """The configuration of a whole model's folder of either layout; of its weights at most shapes are read.
+
+    Raises:
+        CheckpointError: no Valley model's config.json, one that cannot be used, or a tower that cannot be told.
+    """
+    values = read_config(folder)
+    return _upstream_config(values, folder, None) if "mm_vision_tower" in values else _read_our_config(folder)
+
+
+def read_weight(folder: Path, name: str) -> torch.Tensor | None:
+    """The weight that we call `name` in a whole model's folder of either layout, mapped; None where it is not there.
+
+    Raises:
+        CheckpointError: no weight files, or damaged ones.
+    """
+    state = read_weights(find_files(folder))
+    return state.get(name, state.get(their_name(name)))
 
 
 def our_name(name: str) -> str:

@@ -51,6 +51,8 @@ class TrainConfig(Config):
     lora: dict[str, Any] | None = None
     """Shape of the adapter that a stage with the part `lora` trains: the settings of
     `valley_ray.model.lora.LoraSettings`; None takes their defaults."""
+    allow_random_projector: bool = False
+    """Let a first stage train the language model on a projector that no stage has trained; else that is refused."""
     global_batch_size: int = Field(default=32, ge=1)
     """Samples per optimizer step, over all workers; the result does not depend on the number of workers."""
     micro_batch_size: int = Field(default=16, ge=1)

@@ -19,11 +19,9 @@ import ray.train
 from numpy.typing import NDArray
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from valley_ray.config import validate_config
-from valley_ray.data.config import PipelineConfig
 from valley_ray.data.shards import WindowManifest, WindowStore
 from valley_ray.errors import ConfigError, TrainingError, ValleyError
-from valley_ray.processor import ValleyProcessor
+from valley_ray.train.check import check_batch, check_run, pipeline_config
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
 from valley_ray.train.plan import epoch_order
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "config.json"
 POLL_S = 0.05
 
 
@@ -72,6 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
     pipeline = None
     if config.data.mode == "overlap":
         with _Pipeline(config) as pipeline:
+            check_batch(config, pipeline.num_samples, what="records")
             summary = _fit(config, storage, name, pipeline.windows_dir)
     else:
         assert config.data.windows_dir is not None, "mode shards has a windows_dir"
@@ -89,34 +87,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 def check_config(config: TrainConfig) -> None:
     """Raise ConfigError, with the fix, for what cannot work on this machine's files and Ray's resources."""
-    if not (config.model / MODEL_FILE).is_file():
-        raise ConfigError(
-            f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there"
-        )
-    if config.output.exists() and not (config.output / MODEL_FILE).is_file() and any(config.output.iterdir()):
-        raise ConfigError(f"output={str(config.output)!r} holds something else than a model; name another folder")
-    if config.output.absolute() == config.model.absolute():
-        raise ConfigError(f"output and model are the same folder {str(config.model)!r}; name another output")
-    if config.data.mode == "shards":
-        _check_store(config)
+    for warning in check_run(config):
+        logger.warning("%s", warning)
     _check_resources(config)
-
-
-def pipeline_config(config: TrainConfig) -> PipelineConfig | None:
-    """The settings of the data pipeline beside the training; None in mode shards.
-
-    Needs no Ray: callers check here what they would else hear of after Ray has started.
-
-    Raises:
-        ConfigError: a setting that the pipeline does not know or take, or another model than the training's.
-    """
-    if config.data.mode != "overlap":
-        return None
-    values = {"model": config.model, **(config.data.pipeline or {})}
-    settings = validate_config(PipelineConfig, values, source="data.pipeline")
-    if settings.model.resolve() != config.model.resolve():
-        raise ConfigError(f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out")
-    return settings
 
 
 class _Pipeline:
@@ -136,14 +109,18 @@ class _Pipeline:
         self._thread = threading.Thread(target=self._run, name="data-pipeline", daemon=True)
         self.windows_dir = self._settings.windows_dir.absolute()
         self.summary: PipelineSummary | None = None
+        self.num_samples = 0
+        """Rows of the store, known once it is laid out."""
 
     def __enter__(self) -> Self:
         """Returns once the store is laid out, so that what cannot be read at all is said before any worker starts."""
         self._thread.start()
         store = WindowStore(self.windows_dir)
-        while self._thread.is_alive() and store.info() is None:
+        while (info := store.info()) is None and self._thread.is_alive():
             self._thread.join(POLL_S)
         self._raise()
+        if info is not None:
+            self.num_samples = info.num_samples
         return self
 
     def __exit__(
@@ -181,28 +158,6 @@ class _Pipeline:
 
 class _StoppedError(Exception):
     """Ends the pipeline's thread between two windows."""
-
-
-def _check_store(config: TrainConfig) -> None:
-    assert config.data.windows_dir is not None, "mode shards has a windows_dir"
-    store = WindowStore(config.data.windows_dir)
-    manifests = store.committed()
-    if not manifests or not manifests[-1].is_last:
-        raise ConfigError(
-            f"data.windows_dir={str(config.data.windows_dir)!r} holds {len(manifests)} windows and no last one; run "
-            "the data pipeline to its end, or set data.mode=overlap"
-        )
-    info = store.info()
-    if info is not None and info.parts.get("processor") != ValleyProcessor.from_pretrained(config.model).fingerprint:
-        raise ConfigError(
-            f"the windows in {str(config.data.windows_dir)!r} were made with another processor than that of "
-            f"{str(config.model)!r}; run the data pipeline with this model"
-        )
-    num_ok = sum(manifest.num_ok for manifest in manifests)
-    if num_ok < config.global_batch_size:
-        raise ConfigError(
-            f"global_batch_size={config.global_batch_size} is larger than the data, {num_ok} ok samples; lower it"
-        )
 
 
 def _check_resources(config: TrainConfig) -> None:

@@ -1,0 +1,170 @@
+"""What cannot work is said before any worker starts, with its fix; what can is let through."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tiny_valley
+from train_store import make_store
+
+from valley_ray.config import load_config
+from valley_ray.errors import CheckpointError, ConfigError, ValleyError
+from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.processor import ValleyProcessor
+from valley_ray.train.check import check_run
+from valley_ray.train.config import DataConfig, TrainConfig
+from valley_ray.train.stage_config import StageConfig
+
+CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
+
+FIRST = StageConfig(name="first", trainable="valley-stage1", learning_rate=1e-3, max_steps=2)
+SECOND = StageConfig(name="second", trainable="valley-stage2", learning_rate=1e-3, max_steps=2)
+LORA = StageConfig(name="adapter", trainable="valley-stage2-lora", learning_rate=1e-3, max_steps=2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_valley: Path) -> Path:
+    return make_store(tmp_path_factory.mktemp("check") / "store", tiny_valley, num_samples=12)
+
+
+@pytest.fixture
+def config(tiny_valley: Path, store: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def make(**changes: Any) -> TrainConfig:
+        values = {"model": tiny_valley, "output": tmp_path / "out", "data": DataConfig(windows_dir=store)}
+        sizes = {"stages": (FIRST, SECOND), "global_batch_size": 4, "micro_batch_size": 2}
+        return TrainConfig(**{**values, **sizes, **changes})
+
+    return make
+
+
+@pytest.fixture
+def changed_model(tiny_valley: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny model with other values in one of its JSON files."""
+
+    def change(file: str, **values: Any) -> Path:
+        folder = tmp_path / "changed"
+        shutil.copytree(tiny_valley, folder)
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        return folder
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def fresh_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `from_backbones` leaves it: no stage has trained the projector."""
+    folder = make_tiny_valley(tmp_path_factory.mktemp("fresh") / "model")
+    model = ValleyForConditionalGeneration.from_pretrained(folder)
+    torch.nn.init.zeros_(model.core.mm_projector.bias)
+    model.save_pretrained(folder)
+    return folder
+
+
+def refused(config: TrainConfig, said: str, error: type[ValleyError] = ConfigError) -> None:
+    with pytest.raises(error) as caught:
+        check_run(config)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_can_work_is_let_through_without_a_word(config: Callable[..., TrainConfig], fresh_model: Path) -> None:
+    for stages in ((FIRST, SECOND), (SECOND,), (LORA,), (FIRST, LORA)):
+        assert check_run(config(stages=stages)) == ()
+    assert check_run(config(model=fresh_model, stages=(FIRST, SECOND))) == ()
+
+
+def test_stage_2_without_a_stage_1_projector_is_refused(config: Callable[..., TrainConfig], fresh_model: Path) -> None:
+    for stage in (SECOND, LORA):
+        refused(config(model=fresh_model, stages=(stage,)), "on a projector that no stage has trained")
+    assert check_run(config(model=fresh_model, stages=(SECOND,), allow_random_projector=True)) == ()
+    alone = StageConfig(name="head", trainable="projector", learning_rate=1, max_steps=1)
+    assert check_run(config(model=fresh_model, stages=(alone,))) == ()
+
+
+def test_one_step_of_stage_1_makes_a_trained_projector(config: Callable[..., TrainConfig], fresh_model: Path) -> None:
+    model = ValleyForConditionalGeneration.from_pretrained(fresh_model)
+    visual = model.core.visual_tokens(torch.rand(2, 17, 32))
+    optimizer = torch.optim.AdamW(model.core.mm_projector.parameters(), lr=1e-6)
+    visual.square().sum().backward()
+    optimizer.step()
+    trained = fresh_model.with_name("trained")
+    model.save_pretrained(trained)
+    ValleyProcessor.from_pretrained(fresh_model).save_pretrained(trained)
+    assert check_run(config(model=trained, stages=(SECOND,))) == ()
+
+
+def test_a_projector_with_torchs_own_numbers_is_a_warning(
+    config: Callable[..., TrainConfig], tiny_valley: Path, tmp_path: Path
+) -> None:
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    model.core.mm_projector.reset_parameters()
+    model.save_pretrained(tmp_path / "model")
+    ValleyProcessor.from_pretrained(tiny_valley).save_pretrained(tmp_path / "model")
+    (warning,) = check_run(config(model=tmp_path / "model", stages=(SECOND,)))
+    assert "as torch draws them" in warning
+
+
+def test_model_folders_that_cannot_be_trained_are_refused(
+    config: Callable[..., TrainConfig], tiny_valley: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("do not delete")
+    refused(config(model=tmp_path / "nothing"), "no model folder")
+    refused(config(output=tiny_valley), "same folder")
+    refused(config(output=tmp_path / "precious"), "something else than a model")
+    refused(config(output=tmp_path / "precious" / "thesis.txt"), "is a file")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refused(config(model=tmp_path), f"valley-ray compose --tower TOWER --language-model {tmp_path}", CheckpointError)
+
+
+def test_settings_for_answering_alone_are_refused(
+    config: Callable[..., TrainConfig], changed_model: Callable[..., Path]
+) -> None:
+    folder = changed_model("config.json", splice="upstream")
+    refused(config(model=folder), "splice='upstream'")
+    shutil.rmtree(folder)
+    folder = changed_model("processor_config.json", prompt_style="upstream-serve")
+    refused(config(model=folder), "train with 'valley' or 'upstream-train'")
+
+
+def test_parts_and_adapters_that_the_model_does_not_have_are_refused(config: Callable[..., TrainConfig]) -> None:
+    stage = StageConfig(name="odd", trainable=("projector", "temporal"), learning_rate=1e-3, max_steps=1)
+    refused(config(stages=(stage,)), "stage odd trains temporal, which this model does not have")
+    refused(config(stages=(LORA,), lora={"target_modules": ["qkv"]}), "no linear layer called qkv")
+    refused(config(stages=(LORA,), lora={"rank": 3}), "did you mean 'r'")
+
+
+def test_stores_that_cannot_be_trained_on_are_refused(
+    config: Callable[..., TrainConfig], tiny_valley: Path, store: Path, tmp_path: Path
+) -> None:
+    refused(config(data=DataConfig(windows_dir=tmp_path)), "holds 0 windows")
+    shutil.copytree(store, tmp_path / "windows" / "abc")
+    refused(config(data=DataConfig(windows_dir=tmp_path)), f"did you mean {str(tmp_path / 'windows' / 'abc')!r}?")
+    refused(config(global_batch_size=14), "larger than the data, 12 ok samples")
+    other = ValleyProcessor.from_pretrained(tiny_valley, settings={"system_prompt": "Another."})
+    shutil.copytree(tiny_valley, tmp_path / "model")
+    other.save_pretrained(tmp_path / "model")
+    refused(config(model=tmp_path / "model"), "made with another processor")
+
+
+def test_files_that_are_not_there_are_named(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    def overlap(**changes: Any) -> TrainConfig:
+        pipeline = {"records": [str(tmp_path / "r.json")], "media_root": str(tmp_path), "windows_dir": "w"}
+        return config(data=DataConfig(mode="overlap", pipeline=pipeline | changes))
+
+    refused(overlap(), f"records: {tmp_path / 'r.json'} is not there")
+    (tmp_path / "r.json").write_text("[]")
+    refused(overlap(media_root=str(tmp_path / "media")), f"media_root: {tmp_path / 'media'} is no folder")
+    refused(overlap(window_sise=3), "did you mean 'window_size'")
+    refused(overlap(model="another"), "differs from")
+    assert check_run(overlap()) == ()
+
+
+def test_the_shipped_configurations_of_the_original_wait_only_for_their_model() -> None:
+    for path in sorted(CONFIGS.glob("valley-*.yaml")):
+        refused(load_config(TrainConfig, path), "is no model folder")

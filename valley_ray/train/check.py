@@ -1,0 +1,198 @@
+"""What is said before any worker starts: configurations that cannot work, each with its fix, and warnings.
+
+Reads files of the model folder and of the data, never a whole weight; knows no Ray. `--check` of the training jobs
+(report.py) says more.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from valley_ray.config import validate_config
+from valley_ray.data.config import PipelineConfig
+from valley_ray.data.shards import WindowStore
+from valley_ray.errors import CheckpointError, ConfigError
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.stage_config import StageConfig
+
+if TYPE_CHECKING:
+    from valley_ray.model.config import ValleyConfig
+    from valley_ray.processor import ValleyProcessor
+
+MODEL_FILE = "config.json"
+PROJECTOR = "core.mm_projector."
+
+LANGUAGE_PARTS = frozenset(("layers", "language_model", "lm_head", "lora"))
+"""Parts by which a stage is a second one: it teaches the language model to read what the projector says."""
+
+
+def check_run(config: TrainConfig) -> tuple[str, ...]:
+    """Refuse what cannot work on this machine's files; returns warnings.
+
+    Raises:
+        ConfigError: with the setting, what came and the fix.
+        CheckpointError: the model folder, its tower or its processor cannot be opened.
+    """
+    check_folders(config)
+    model_config = _check_model(config)
+    processor = _check_processor(config)
+    _check_data(config, processor)
+    check_parts(config, model_config)
+    return _check_projector(config)
+
+
+def check_folders(config: TrainConfig) -> None:
+    """Refuse a model folder that is none, and an output that would be lost."""
+    if not (config.model / MODEL_FILE).is_file():
+        raise ConfigError(
+            f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there"
+        )
+    if config.output.absolute() == config.model.absolute():
+        raise ConfigError(f"output and model are the same folder {str(config.model)!r}; name another output")
+    if config.output.is_file():
+        raise ConfigError(f"output={str(config.output)!r} is a file; name a folder")
+    if config.output.exists() and not (config.output / MODEL_FILE).is_file() and any(config.output.iterdir()):
+        raise ConfigError(f"output={str(config.output)!r} holds something else than a model; name another folder")
+
+
+def pipeline_config(config: TrainConfig) -> PipelineConfig | None:
+    """The settings of the data pipeline beside the training; None in mode shards.
+
+    Raises:
+        ConfigError: a setting that the pipeline does not know or take, or another model than the training's.
+    """
+    if config.data.mode != "overlap":
+        return None
+    values = {"model": config.model, **(config.data.pipeline or {})}
+    settings = validate_config(PipelineConfig, values, source="data.pipeline")
+    if settings.model.resolve() != config.model.resolve():
+        raise ConfigError(f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out")
+    return settings
+
+
+def check_batch(config: TrainConfig, num_samples: int, *, what: str) -> None:
+    """Refuse a batch that is larger than the data; `what` says what the samples are."""
+    if num_samples < config.global_batch_size:
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} is larger than the data, {num_samples} {what}; lower it"
+        )
+
+
+def check_parts(config: TrainConfig, model_config: "ValleyConfig") -> None:
+    """Refuse stages that train what the model does not have, and adapters that do not fit it."""
+    from valley_ray.train.forecast import meta_model, trained_groups
+
+    for stage in config.stages:
+        trained_groups(meta_model(model_config, config, stage), stage)
+
+
+def _check_model(config: TrainConfig) -> "ValleyConfig":
+    from valley_ray.model.checkpoint import read_model_config
+
+    try:
+        model_config = read_model_config(config.model)
+    except CheckpointError as error:
+        if "no Valley model folder" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error}; put it and a tower together: valley-ray compose --tower TOWER --language-model {config.model} "
+            "--output FOLDER, and train FOLDER"
+        ) from error
+    if model_config.splice != "strict":
+        raise ConfigError(
+            f"{config.model / MODEL_FILE}: splice={model_config.splice!r} puts clips into the wrong rows of a batch "
+            "(docs/upstream.md, rows 11 and 12) and is for answering only; set it to 'strict' to train"
+        )
+    return model_config
+
+
+def _check_processor(config: TrainConfig) -> "ValleyProcessor":
+    from valley_ray.chat.conversation import Conversation, Message
+    from valley_ray.processor import ValleyProcessor
+
+    processor = ValleyProcessor.from_pretrained(config.model)
+    try:
+        processor.encode_training(Conversation((Message("user", "?"), Message("assistant", "!"))), [])
+    except ConfigError as error:
+        raise ConfigError(f"{config.model / 'processor_config.json'}: {error}") from error
+    return processor
+
+
+def _check_data(config: TrainConfig, processor: "ValleyProcessor") -> None:
+    settings = pipeline_config(config)
+    if settings is None:
+        _check_store(config, processor)
+        return
+    from valley_ray.media.preprocess import check_one_size
+
+    check_one_size(video_crop=processor.video_crop, image_crop=processor.image_crop)
+    for path in settings.records:
+        if not path.is_file():
+            raise ConfigError(f"data.pipeline.records: {path} is not there; check the path")
+    for folder in settings.media_root:
+        if not folder.is_dir():
+            raise ConfigError(f"data.pipeline.media_root: {folder} is no folder; check the path")
+
+
+def _check_store(config: TrainConfig, processor: "ValleyProcessor") -> None:
+    folder = config.data.windows_dir
+    assert folder is not None, "mode shards has a windows_dir"
+    store = WindowStore(folder)
+    manifests = store.committed()
+    if not manifests or not manifests[-1].is_last:
+        raise ConfigError(
+            f"data.windows_dir={str(folder)!r} holds {len(manifests)} windows and no last one; run the data pipeline "
+            f"to its end, or set data.mode=overlap{_stores_below(folder)}"
+        )
+    info = store.info()
+    if info is not None and info.parts.get("processor") != processor.fingerprint:
+        raise ConfigError(
+            f"the windows in {str(folder)!r} were made with another processor than that of {str(config.model)!r}; run "
+            "the data pipeline with this model"
+        )
+    check_batch(config, sum(manifest.num_ok for manifest in manifests), what="ok samples")
+
+
+def _stores_below(folder: Path) -> str:
+    """Names a store where the folder of a prepared data set was given instead."""
+    found = sorted(path.parent for path in folder.glob("windows/*/store.json"))
+    return f"; did you mean {str(found[-1])!r}?" if found else ""
+
+
+def _check_projector(config: TrainConfig) -> tuple[str, ...]:
+    """Stage 2 reads what stage 1 taught the projector to say.
+
+    A fresh projector has a bias of zeros, which its first step changes: that is how one is told from a trained one,
+    whoever made the folder. One with torch's own fresh numbers can only be guessed.
+    """
+    stage = _first_language_stage(config)
+    if stage is None or config.allow_random_projector:
+        return ()
+    from valley_ray.model.checkpoint import read_weight
+
+    bias = read_weight(config.model, f"{PROJECTOR}bias")
+    if bias is None:
+        return ()
+    if not bias.any():
+        raise ConfigError(
+            f"stage {stage.name} trains {', '.join(sorted(stage.parts & LANGUAGE_PARTS))} on a projector that no stage "
+            f"has trained ({config.model}); train the projector first, in a stage before it or with jobs/pretrain.py, "
+            "or set allow_random_projector=true"
+        )
+    weight: Any = read_weight(config.model, f"{PROJECTOR}weight")
+    limit = weight.shape[1] ** -0.5
+    if 0.99 * limit < float(weight.abs().max()) <= limit:
+        return (
+            f"the projector of {config.model} has numbers as torch draws them: if no stage has trained it, put one "
+            f"before {stage.name}",
+        )
+    return ()
+
+
+def _first_language_stage(config: TrainConfig) -> StageConfig | None:
+    """The first stage that trains the language model, unless a stage before it trains the projector."""
+    for stage in config.stages:
+        if stage.parts & LANGUAGE_PARTS:
+            return stage
+        if "projector" in stage.parts:
+            return None
+    return None
