@@ -205,6 +205,12 @@ class TrainingError(ValleyError):
     code = "training_failed"
 
 
+class AnswerWorkerError(ValleyError):
+    """The worker process died each time the question was answered."""
+
+    code = "answer_worker_died"
+
+
 class OverloadedError(ValleyError):
     """No capacity right now; try again after a pause."""
 

@@ -115,6 +115,21 @@ class EvaluationConfig(AnswerSettings):
     best: str = "exact_match"
     """While training: metric whose largest value makes the best checkpoint."""
 
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.best not in (known := self.metric_names):
+            raise ValueError(f"best={self.best!r} is none of the metrics, {', '.join(known)}")
+        return self
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the numbers that an evaluation gives, as far as they can be computed."""
+        names = [f"rouge_{of}" for of in "12l"] if "rouge" in self.metrics else []
+        names += [name for name in self.metrics if name != "rouge"]
+        names += ["bertscore"] if self.bertscore_model is not None else []
+        names += ["judge_score", "judge_accuracy"] if self.judge is not None else []
+        return (*names, "answered")
+
     @property
     def resources(self) -> dict[str, float]:
         """What an evaluation in one process reserves, as `ray.remote` takes it."""

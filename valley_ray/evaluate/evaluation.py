@@ -4,11 +4,71 @@
 for a validation task of a training.
 """
 
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from valley_ray.errors import ConfigError, DataError
+from valley_ray.evaluate.answers import ANSWERS_DIR, AnswerSet, answer
 from valley_ray.evaluate.config import EvaluationConfig
+from valley_ray.evaluate.predictions import (
+    JUDGED_FILE,
+    METRICS_FILE,
+    PAGE_FILE,
+    PREDICTIONS_FILE,
+    finite,
+    measure,
+    summary_of,
+    write_predictions,
+)
 
 EVALUATION_FILE = "evaluation.jsonl"
+EVALUATION_DIR = "evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation gives."""
+
+    summary: dict[str, Any]
+    """What metrics.json holds."""
+    predictions_path: Path
+    metrics_path: Path
+    page_path: Path
+
+    def text(self) -> str:
+        """The table and paths that a user reads."""
+        summary = self.summary
+        classes = ", ".join(f"{name} {count}" for name, count in summary["by_error_class"].items())
+        lines = [
+            f"rows         {summary['rows_in']:,}: {summary['ok']:,} answered, {summary['failed']:,} failed"
+            f"{f' ({classes})' if classes else ''}",
+            *_table(summary),
+            f"metrics      {self.metrics_path}",
+            f"predictions  {self.predictions_path}",
+            f"page         {self.page_path}",
+        ]
+        return "\n".join(lines)
+
+
+def evaluate(settings: EvaluationConfig) -> EvaluationResult:
+    """Answer the held-out split with `settings.model` on the connected Ray, and measure; write `settings.output`.
+
+    A run that was stopped is gone on with: no answer, and no verdict of a judge, is asked for twice.
+
+    Raises:
+        ConfigError: model or output are missing, or cannot be used.
+        ValleyError: as `answers.answer`, or nothing was answered.
+    """
+    if settings.model is None or settings.output is None:
+        raise ConfigError("an evaluation alone needs model and output; set model=FOLDER output=FOLDER")
+    answers = answer(settings, settings.model, settings.output, on_ray=True, shows_progress=True)
+    output = settings.output.absolute()
+    return _measured(answers, settings, output, kept=output / JUDGED_FILE, title=f"Answers of {settings.model.name}")
 
 
 def evaluate_checkpoint(
@@ -31,9 +91,70 @@ def evaluate_checkpoint(
     Returns:
         finite numbers only, by name, larger is better: those of exact_match, qa_accuracy, bleu, rouge_1, rouge_2,
         rouge_l, bertscore, judge_score, judge_accuracy that were asked for and could be computed, and `answered`, the
-        share of rows with an answer. `settings.best` is one of them, or ConfigError is raised.
+        share of rows with an answer. `settings.best` is one of them.
 
     Raises:
-        ValleyError: the folder or the sources cannot be read, or nothing was answered.
+        ValleyError: the folder or the sources cannot be read, nothing was answered, or `settings.best` could not be
+            computed (a judge that never replied).
     """
-    raise NotImplementedError
+    output = output if output is not None else settings.output
+    if output is None:
+        raise ConfigError("evaluation of a checkpoint needs a folder to write to; set evaluation.output")
+    work = output / EVALUATION_DIR
+    answers = answer(settings, folder, work, on_ray=False)
+    into = work / (f"step-{step:08d}" if step is not None else "latest")
+    title = "Answers" if step is None else f"Answers after step {step:,}"
+    summary = _measured(answers, settings, into, kept=work / JUDGED_FILE, title=title).summary
+    metrics = finite(summary["metrics"])
+    if settings.best not in metrics:
+        raise DataError(f"{settings.best} could not be computed, and it makes the best checkpoint; see {into}")
+    # Another export of the same checkpoint is another folder: nobody comes back to these.
+    shutil.rmtree(work / ANSWERS_DIR)
+    _write_line(output / EVALUATION_FILE, {"step": step, **metrics, "seconds": summary["seconds"]})
+    return metrics
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation.jsonl, in the order of their steps; [] if there is none."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(lines, key=lambda line: line["step"] if line["step"] is not None else -1)
+
+
+def _measured(
+    answers: AnswerSet, settings: EvaluationConfig, output: Path, *, kept: Path, title: str
+) -> EvaluationResult:
+    from valley_ray.evaluate.page import write_page
+
+    if not answers.by_status["ok"]:
+        classes = ", ".join(f"{name} {count}" for name, count in answers.by_error_class.most_common(3))
+        reason = next(one for one in answers.table["error"].to_pylist() if one)
+        raise DataError(f"none of {answers.rows_in} questions was answered ({classes}); the first: {reason}")
+    rows = measure(answers, settings, kept)
+    summary = summary_of(rows, answers)
+    write_predictions(rows, summary, output)
+    write_page(rows, summary, answers.shards_dir, output / PAGE_FILE, title=title, seed=settings.seed)
+    return EvaluationResult(summary, output / PREDICTIONS_FILE, output / METRICS_FILE, output / PAGE_FILE)
+
+
+def _table(summary: dict[str, Any]) -> list[str]:
+    """The numbers of the whole, then by source and by kind where there are several."""
+    groups = {"all": {"rows": float(summary["rows_in"]), **summary["metrics"]}}
+    for of in ("by_source", "by_kind"):
+        if len(summary[of]) > 1:
+            groups |= {name or "(unnamed)": values for name, values in summary[of].items()}
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    width = max(map(len, groups))
+    lines = [" ".join([" " * width, *(f"{name:>11}" for name in names)])]
+    for group, values in groups.items():
+        cells = (f"{values[name]:.4g}" if name in values else "" for name in names)
+        lines.append(" ".join([f"{group:<{width}}", *(f"{cell:>11}" for cell in cells)]))
+    return lines
+
+
+def _write_line(path: Path, line: dict[str, Any]) -> None:
+    lines = [one for one in read_evaluations(path) if one["step"] != line["step"]]
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text("".join(json.dumps(one) + "\n" for one in [*lines, line]), encoding="utf-8")
+    os.replace(temporary, path)

@@ -46,7 +46,7 @@ def write_report(
         seed: draws the rows whose frames are shown.
     """
     shows = facts.Shows(clips, samples)
-    page = _page(
+    page = document(
         title,
         {
             "In short": _totals(clips, samples),
@@ -58,14 +58,26 @@ def write_report(
             "Made with": _made_with(clips, made_with or {}),
         },
     )
+    write_document(page, output)
+
+
+def write_document(page: str, output: Path) -> None:
+    """Write a page to `output`, whose folder is made; whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, output)
 
 
-def _page(title: str, parts: Mapping[str, str]) -> str:
-    style = importlib.resources.files("valley_ray.data.report").joinpath("report.css").read_text(encoding="utf-8")
+def document(title: str, parts: Mapping[str, str], *, style: str = "") -> str:
+    """A page that needs nothing else to be read: its parts (HTML, by heading) under the house's style.
+
+    Args:
+        style: rules after those of report.css.
+    """
+    style = (
+        importlib.resources.files("valley_ray.data.report").joinpath("report.css").read_text(encoding="utf-8") + style
+    )
     anchors = {part: part.lower().replace(" ", "-") for part in parts}
     items = "".join(f'<li><a href="#{anchor}">{part}</a></li>' for part, anchor in anchors.items())
     body = "".join(section(anchors[part], part, content) for part, content in parts.items())
@@ -78,7 +90,7 @@ def _page(title: str, parts: Mapping[str, str]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{heading}</title>
 <style>
-{style}</style>
+{own}{style}</style>
 </head>
 <body>
 <a class="skip" href="#main">Skip to the report</a>

@@ -125,18 +125,24 @@ def _sample(clips: pa.Table, samples: pa.Table, shows: facts.Shows, row: int, st
 
 
 def _strip(clip: Mapping[str, Any], store: FrameStore) -> Strip:
-    label = label_of(clip)
+    return strip(label_of(clip), clip["shard"], clip["row"], store, num_frames=clip["num_frames"] or 0)
+
+
+def strip(
+    label: str, shard: str, row: int, store: FrameStore, *, num_frames: int = 0, max_frames: int = MAX_FRAMES
+) -> Strip:
+    """Up to `max_frames` frames of the clip in a row of a shard; `num_frames` is told where they cannot be read."""
     try:
-        frames_THWC = store.frames(clip["shard"], clip["row"])
-        pictures = tuple(_pictures(frames_THWC))
+        frames_THWC = store.frames(shard, row)
+        pictures = tuple(_pictures(frames_THWC, max_frames))
     except (DataError, IndexError, ValueError, OSError) as error:
         # The report tells of a store that was moved or damaged; it must not fail with it.
-        return Strip(label, clip["num_frames"] or 0, (), f"{type(error).__name__}: {error}")
+        return Strip(label, num_frames, (), f"{type(error).__name__}: {error}")
     return Strip(label, len(frames_THWC), pictures, "")
 
 
-def _pictures(frames_THWC: npt.NDArray[np.uint8]) -> Iterator[str]:
-    for index in np.linspace(0, len(frames_THWC) - 1, min(len(frames_THWC), MAX_FRAMES)).astype(int).tolist():
+def _pictures(frames_THWC: npt.NDArray[np.uint8], max_frames: int) -> Iterator[str]:
+    for index in np.linspace(0, len(frames_THWC) - 1, min(len(frames_THWC), max_frames)).astype(int).tolist():
         picture = Image.fromarray(frames_THWC[index])
         picture.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()

@@ -1,0 +1,236 @@
+"""Sources of questions → an answer to each, every row accounted for: the room of batch answers.
+
+    catalog/             what the sources hold
+    shards/              decoded clips, where no other folder of shards is named
+    answers/ID/*.jsonl   the ledger: a line per answer as it comes (ledger.py); ID names model and settings
+
+On Ray a pool of actors answers while tasks decode the next blocks (`on_ray`), else this process does both in turn; the
+answers are the same. A run that was stopped is gone on with by running it again: no answer is asked for twice.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from valley_ray.data.commit import exclusive
+from valley_ray.data.decoding import decode_stage
+from valley_ray.data.journal import remove_journals
+from valley_ray.data.metrics import DecodeProgress
+from valley_ray.data.schema import FAILED, OK, PENDING
+from valley_ray.data.sources import read_catalog, write_catalog
+from valley_ray.data.stages import BLOCK_SCHEMA
+from valley_ray.data.windows import Outcome, known_outcomes, remove_leftovers
+from valley_ray.errors import CheckpointError
+from valley_ray.evaluate.config import AnswerSettings
+from valley_ray.evaluate.kinds import read_kinds
+from valley_ray.evaluate.ledger import Answer, read_folder
+from valley_ray.evaluate.questions import QUESTIONS_SCHEMA, read_questions
+from valley_ray.evaluate.stages import TASK_SCHEMA, AnswerStage, LookStage, place_of
+
+if TYPE_CHECKING:
+    from valley_ray.processor import ValleyProcessor
+
+CATALOG_DIR, SHARDS_DIR, ANSWERS_DIR = "catalog", "shards", "answers"
+
+ANSWERS_SCHEMA = pa.schema(
+    [
+        *QUESTIONS_SCHEMA,
+        ("prediction", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_new_tokens", pa.int32()),
+        ("clips", pa.list_(pa.struct([("shard", pa.string()), ("row", pa.int32())]))),
+    ]
+)
+"""answers: the questions with what came of them. status: ok or failed; prediction is null where it is failed. clips:
+where the frames lie that were shown."""
+
+Statuses = Sequence[dict[str, Any]]
+"""Rows of STATUS_SCHEMA."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSet:
+    """All rows of the sources with what came of them; `rows_in` = `ok` + `failed` always."""
+
+    table: pa.Table
+    """ANSWERS_SCHEMA, in the order of the sources."""
+    clips: pa.Table
+    """CLIPS_SCHEMA: the clips that the sources name."""
+    shards_dir: Path
+    num_answered: int
+    """Rows that this run worked on; the others were there, or could not be asked."""
+    seconds: float
+
+    @property
+    def rows_in(self) -> int:
+        """All rows."""
+        return int(self.table.num_rows)
+
+    @property
+    def by_status(self) -> Counter[str]:
+        """Rows by status."""
+        return Counter(self.table["status"].to_pylist())
+
+    @property
+    def by_error_class(self) -> Counter[str]:
+        """Failed rows by class."""
+        return Counter(name for name in self.table["error_class"].to_pylist() if name)
+
+
+def answer(
+    settings: AnswerSettings, model: Path, output: Path, *, on_ray: bool, shows_progress: bool = False
+) -> AnswerSet:
+    """Answer every question of the sources with the model of a folder.
+
+    Args:
+        settings: its `model` and `output` are not looked at.
+        model: a model folder.
+        output: folder that is written, or gone on with.
+        on_ray: on the connected Ray, whose nodes all see both folders; else in this process.
+        shows_progress: on stderr.
+
+    Raises:
+        CheckpointError: the model folder cannot be opened.
+        DataError: a source cannot be read, there is no question in it, or another run writes to the folder.
+        ConfigError: more GPUs than there are, or a video decoder that is not installed.
+        StorageError: the disk is full or cannot be written.
+    """
+    start = time.perf_counter()
+    settings, model, output = settings.under(Path.cwd()), model.absolute(), output.absolute()
+    shards_dir = settings.shards_dir or output / SHARDS_DIR
+    processor = _processor(model)
+    with exclusive(output, setting="output"), exclusive(shards_dir, setting="shards_dir"):
+        summary = write_catalog(settings.sources, output / CATALOG_DIR)
+        clips, samples = read_catalog(output / CATALOG_DIR)
+        kinds = read_kinds(settings.sources, summary)
+        questions = read_questions(clips, samples, settings, summary=summary, kinds=kinds)
+        work = _Work(settings, model, shards_dir, output, clips, processor)
+        keys, blocks = work.plan(questions)
+        num_asked = sum(block.num_rows for block in blocks)
+        with contextlib.ExitStack() as stack:
+            progress = _progress(questions.num_rows, num_asked, stack) if shows_progress else None
+            for statuses in work.on_ray(blocks) if on_ray else work.here(blocks):
+                if progress is not None:
+                    progress.count(statuses)
+        table = _joined(questions, keys, read_folder(work.directory))
+    return AnswerSet(table, clips, shards_dir, num_asked, time.perf_counter() - start)
+
+
+class _Work:
+    """What is known before the first clip is decoded; makes the stages."""
+
+    def __init__(
+        self,
+        settings: AnswerSettings,
+        model: Path,
+        shards_dir: Path,
+        output: Path,
+        clips: pa.Table,
+        processor: "ValleyProcessor",
+    ) -> None:
+        sampling = settings.sampling if settings.sampling is not None else processor.sampling
+        self._settings, self._model, self._shards_dir, self._clips = settings, model, shards_dir, clips
+        self._decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling)
+        remove_leftovers(shards_dir)
+        self._known = known_outcomes(shards_dir, clips, self._decode.fingerprint)
+        self.directory = output / ANSWERS_DIR / _run_key(settings, model, processor, self._decode.fingerprint)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_journals(self.directory)
+
+    def plan(self, questions: pa.Table) -> tuple[list[str], list[pa.Table]]:
+        """The keys of all questions, and those that are still to be answered as blocks of TASK_SCHEMA.
+
+        Questions about one clip come together, so that it is decoded once.
+        """
+        columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
+        clips = {clip["clip_id"]: clip for clip in self._clips.select(columns).to_pylist()}
+        there = read_folder(self.directory)
+        keys, left = [], []
+        for row in questions.to_pylist():
+            keys.append(_key(row, clips))
+            if row["status"] == PENDING and keys[-1] not in there:
+                left.append({"key": keys[-1], "messages": row["messages"], "clip_ids": row["clip_ids"]})
+        place_of_clip = {clip_id: place for place, clip_id in enumerate(clips)}
+        left.sort(key=lambda row: place_of_clip[row["clip_ids"][0]] if row["clip_ids"] else -1)
+        size = self._settings.block_size
+        parts = [left[first : first + size] for first in range(0, len(left), size)]
+        return keys, [self._block(number, part, clips) for number, part in enumerate(parts)]
+
+    def here(self, blocks: Iterable[pa.Table]) -> Iterator[Statuses]:
+        """Answer in this process."""
+        stages: tuple[LookStage, AnswerStage] | None = None
+        for block in blocks:
+            stages = stages or (LookStage(self._decode), AnswerStage(*self._answer_arguments))
+            look, answer_block = stages
+            yield answer_block(look(block)).to_pylist()
+
+    def on_ray(self, blocks: Sequence[pa.Table]) -> Generator[Statuses, None, None]:
+        """Answer on Ray."""
+        from valley_ray.evaluate.execution import answer_blocks
+
+        return answer_blocks(blocks, LookStage(self._decode), self._answer_arguments, self._settings)
+
+    @property
+    def _answer_arguments(self) -> tuple[Path, Path, Path, AnswerSettings]:
+        return self._model, self._shards_dir, self.directory, self._settings
+
+    def _block(self, number: int, rows: Sequence[Mapping[str, Any]], clips: Mapping[str, Outcome]) -> pa.Table:
+        digest = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=8).hexdigest()
+        table = []
+        for row in rows:
+            ids = dict.fromkeys(row["clip_ids"])
+            undecoded = [{**clips[one], "window": number, "block": 0} for one in ids if one not in self._known]
+            places = [place_of(self._known[one]) for one in ids if one in self._known]
+            table.append({"block": f"block-{digest}", **row, "undecoded": undecoded, "places": places})
+        return pa.Table.from_pylist(table, schema=TASK_SCHEMA)
+
+
+def _processor(model: Path) -> "ValleyProcessor":
+    from valley_ray.processor import ValleyProcessor
+
+    if not (model / "config.json").is_file():
+        raise CheckpointError(f"model={str(model)!r} is no model folder (no config.json in it); check the path")
+    return ValleyProcessor.from_pretrained(model)
+
+
+def _progress(num_rows: int, num_asked: int, stack: contextlib.ExitStack) -> DecodeProgress:
+    return stack.enter_context(contextlib.closing(DecodeProgress(num_rows, num_rows - num_asked, what="answers")))
+
+
+def _key(row: Mapping[str, Any], clips: Mapping[str, Mapping[str, Any]]) -> str:
+    """Names a question and all that its answer depends on but the model and its settings."""
+    shown = [[clips[one][name] for name in ("clip_id", "etag", "size_bytes")] for one in row["clip_ids"]]
+    text = json.dumps([row["sample_id"], row["turn"], row["messages"], shown])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _run_key(settings: AnswerSettings, model: Path, processor: "ValleyProcessor", decoding: str) -> str:
+    """Names the model, as its files are now, and the settings that answers depend on."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir())
+    names = {"max_tokens", "precision", "temperature", "top_p"} | ({"seed"} if settings.temperature else set())
+    decides = settings.model_dump(mode="json", include=names)
+    text = json.dumps([str(model), files, processor.fingerprint, decoding, decides], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _joined(questions: pa.Table, keys: Sequence[str], answers: Mapping[str, Answer]) -> pa.Table:
+    """Questions with their answers, one for one."""
+    rows = []
+    for row, key in zip(questions.to_pylist(), keys, strict=True):
+        if row["status"] == PENDING:
+            assert key in answers, f"no answer came to {row['sample_id']} turn {row['turn']}"
+            row |= answers[key]
+        rows.append(row)
+    table = pa.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
+    counts = Counter(table["status"].to_pylist())
+    assert counts[OK] + counts[FAILED] == questions.num_rows, f"rows lost: {counts}"
+    return table
