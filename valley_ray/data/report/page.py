@@ -75,9 +75,7 @@ def document(title: str, parts: Mapping[str, str], *, style: str = "") -> str:
     Args:
         style: rules after those of report.css.
     """
-    style = (
-        importlib.resources.files("valley_ray.data.report").joinpath("report.css").read_text(encoding="utf-8") + style
-    )
+    own = importlib.resources.files("valley_ray.data.report").joinpath("report.css").read_text(encoding="utf-8")
     anchors = {part: part.lower().replace(" ", "-") for part in parts}
     items = "".join(f'<li><a href="#{anchor}">{part}</a></li>' for part, anchor in anchors.items())
     body = "".join(section(anchors[part], part, content) for part, content in parts.items())
