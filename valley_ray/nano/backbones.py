@@ -1,26 +1,34 @@
 """The two nano backbones, made at the same time, as one model folder that stage 1 can start from.
 
-Tower and language model are trained in two processes with one thread each, since neither needs the other. Knows no
-videos on disk and no Ray.
+Tower and language model are trained in two processes with one thread each, since neither needs the other. Whatever
+ends the process that asked for them ends these too. Knows no videos on disk and no Ray.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 from valley_ray.config import Config
+from valley_ray.errors import TrainingError
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.nano.language import LanguageConfig
 from valley_ray.nano.tower import TowerConfig
 
 POLL_S = 0.2
+STOP_S = 5.0
 TOWER_FILE = "tower.safetensors"
+CONFIG_FILE = "nano_config.json"
+"""What the backbones in a folder were made with."""
 
 
 class NanoConfig(Config):
@@ -48,39 +56,99 @@ def make_backbones(
 ) -> Path:
     """Train both backbones and write them, with a random projector, as a model folder; returns `folder`.
 
-    The folder appears complete or not at all; one that is there is replaced.
+    The folder appears complete or not at all; one that is there is replaced. An exception, Ctrl-C among them, stops the
+    two processes and removes what they wrote; drafts of a process that was killed are removed by the next call.
+
+    Raises:
+        TrainingError: one of the processes died.
     """
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    _remove_abandoned(folder)
+    draft = _draft_of(folder, os.getpid())
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(2, mp_context=context) as pool:
-        progress = manager.Queue()
-        jobs = [
-            pool.submit(_make_language, draft, config, progress),
-            pool.submit(_make_tower, draft / TOWER_FILE, config.tower, progress),
-        ]
+    progress = context.Queue()
+    jobs = [
+        context.Process(target=_run, args=(make, draft, config, progress, os.getpid()), daemon=True)
+        for make in (_make_language, _make_tower)
+    ]
+    try:
+        for job in jobs:
+            job.start()
         _follow(jobs, progress, on_progress or (lambda _: None))
-    _put_in_tower(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.replace(folder)
+        _put_in_tower(draft)
+        (draft / CONFIG_FILE).write_text(config.model_dump_json(indent=2), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    finally:
+        _stop(jobs)
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _follow(jobs: list[Future[None]], progress: Any, on_progress: Callable[[BackboneProgress], None]) -> None:
-    """Pass progress on until both jobs are done; raises what a job raised."""
+def _draft_of(folder: Path, pid: int) -> Path:
+    return folder.with_name(f".{folder.name}.{pid}")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Drafts whose process is no more."""
+    for draft in folder.parent.glob(f".{folder.name}.*"):
+        pid = draft.suffix.removeprefix(".")
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _follow(jobs: Sequence[BaseProcess], progress: Any, on_progress: Callable[[BackboneProgress], None]) -> None:
+    """Pass progress on until both jobs are done; raises TrainingError where one ended otherwise."""
     while True:
-        all_done = all(job.done() for job in jobs)
-        try:
+        all_done = all(job.exitcode is not None for job in jobs)
+        with contextlib.suppress(Empty):
             while True:
                 on_progress(progress.get(timeout=0 if all_done else POLL_S))
-        except Empty:
-            pass
         for job in jobs:
-            if job.done():
-                job.result()
+            if job.exitcode:
+                raise TrainingError(
+                    f"a process that trains a nano backbone ended with status {job.exitcode}; its reason is above"
+                )
         if all_done:
             return
+
+
+def _stop(jobs: Sequence[BaseProcess]) -> None:
+    started = [job for job in jobs if job.pid is not None]
+    for job in started:
+        job.terminate()
+    for job in started:
+        job.join(STOP_S)
+        if job.exitcode is None:
+            job.kill()
+            job.join()
+
+
+def _run(
+    make: Callable[[Path, NanoConfig, Any], None], draft: Path, config: NanoConfig, progress: Any, parent: int
+) -> None:
+    """One of the two processes. Ctrl-C is the parent's to handle, and its death is this one's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), name="watch-parent", daemon=True).start()
+    make(draft, config, progress)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once `parent` has ended without a word."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
 
 
 def _reporter(name: str, progress: Any) -> Callable[[int, int, float], None]:
@@ -93,15 +161,16 @@ def _reporter(name: str, progress: Any) -> Callable[[int, int, float], None]:
     return report
 
 
-def _make_tower(path: Path, config: TowerConfig, progress: Any) -> None:
+def _make_tower(folder: Path, config: NanoConfig, progress: Any) -> None:
     import torch
     from safetensors.torch import save_file
 
     from valley_ray.nano.tower import train_tower
 
     torch.set_num_threads(1)
-    clip: Any = train_tower(config, on_step=_reporter("tower", progress))
-    save_file({name: weight.contiguous() for name, weight in clip.vision_model.state_dict().items()}, path)
+    clip: Any = train_tower(config.tower, on_step=_reporter("tower", progress))
+    weights = {name: weight.contiguous() for name, weight in clip.vision_model.state_dict().items()}
+    save_file(weights, folder / TOWER_FILE)
 
 
 def _make_language(folder: Path, config: NanoConfig, progress: Any) -> None:

@@ -4,12 +4,16 @@ Layout: ``data/train/*.mp4``, ``data/heldout/*.mp4``, ``data/train.json``, ``dat
 Knows no Ray: the caller may spread `write_clips` over a cluster.
 """
 
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import Field
 
 from valley_ray.config import Config
+from valley_ray.nano.backbones import CONFIG_FILE as BACKBONES_CONFIG
 from valley_ray.nano.backbones import BackboneProgress, NanoConfig, make_backbones
 from valley_ray.nano.clips import (
     Split,
@@ -90,9 +94,66 @@ def make_clips(data_root: Path, world: WorldConfig, *, say: Callable[[str], None
 def make_world(root: Path, world: WorldConfig, nano: NanoConfig, *, say: Callable[[str], None]) -> None:
     """Make in one process whatever is missing of clips, records and backbones under `root`; `say` gets a line each."""
     make_clips(root / "data", world, say=say)
-    if not (root / "backbones" / "config.json").is_file():
-        say(f"training the backbones in {root / 'backbones'} (about a minute)")
-        make_backbones(root / "backbones", nano, on_progress=_line_every(200, say))
+    make_missing_backbones(root / "backbones", nano, say=say)
+
+
+def make_missing_backbones(folder: Path, nano: NanoConfig, *, say: Callable[[str], None]) -> None:
+    """Make the backbones in `folder`, if there are none; `say` gets a line now and then."""
+    if not (folder / "config.json").is_file():
+        say(f"training the backbones in {folder} (about a minute)")
+        make_backbones(folder, nano, on_progress=_line_every(200, say))
+
+
+def take_over_clips(source: Path, target: Path, world: WorldConfig, *, say: Callable[[str], None]) -> None:
+    """Link clips and records from folder `source` to `target`, if they are missing there and are those of `world`."""
+    if (target / "train.json").is_file() or not _holds(source, world):
+        return
+    say(f"taking the clips of {source}")
+    _copy_whole(source, target, _link)
+
+
+def take_over_backbones(source: Path, target: Path, nano: NanoConfig, *, say: Callable[[str], None]) -> None:
+    """Copy backbones from folder `source` to `target`, if they are missing there and were made with `nano`."""
+    made_with = source / BACKBONES_CONFIG
+    if (target / "config.json").is_file() or not made_with.is_file():
+        return
+    if json.loads(made_with.read_text(encoding="utf-8")) != nano.model_dump(mode="json"):
+        return
+    say(f"taking the backbones of {source}")
+    _copy_whole(source, target, shutil.copy2)
+
+
+def _copy_whole(source: Path, target: Path, copy: Callable[[str, str], object]) -> None:
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shutil.copytree(source, draft, copy_function=copy)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _holds(data_root: Path, world: WorldConfig) -> bool:
+    """Whether the clips there are those of `world`, all of them."""
+    if not (data_root / "train.json").is_file():
+        return False
+    records = json.loads((data_root / "train.json").read_text(encoding="utf-8"))
+    if records != training_records(world.train, shuffle_answers=world.shuffle_answers):
+        return False
+    return all(
+        (data_root / clip_name(split, stem)).is_file()
+        for split in (world.train, world.held_out)
+        for stem, _ in split.scenes()
+    )
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the same bytes, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _line_every(num_steps: int, say: Callable[[str], None]) -> Callable[[BackboneProgress], None]:

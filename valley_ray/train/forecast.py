@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from valley_ray.train.checkpoint import put_trained
+from valley_ray.train.export import put_trained
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import ParameterGroup, holders, prepare_stage

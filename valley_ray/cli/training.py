@@ -1,0 +1,191 @@
+"""jobs/finetune.py and jobs/pretrain.py: their command line, the nano world that their defaults need, their endings.
+
+The work itself is `valley_ray.train.trainer.train`; `--check` is `valley_ray.train.report`.
+"""
+
+import argparse
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import BaseModel
+
+from valley_ray.cli.arguments import HelpFormatter, Parser
+from valley_ray.config import load_config
+from valley_ray.errors import ConfigError, ValleyError
+from valley_ray.storage import storage_root
+from valley_ray.train.config import DataConfig, TrainConfig
+from valley_ray.train.stage_config import StageConfig
+
+if TYPE_CHECKING:
+    from valley_ray.train.trainer import TrainResult
+
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+NANO, QUICKSTART = "runs/nano", "runs/quickstart"
+"""Where the default's clips and backbones are made, and where the quickstart makes its own, below the storage."""
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as an exception: what was begun is cleaned up."""
+
+
+def run_job(name: str, arguments: Sequence[str], *, about: str, default: Path, first_stage_alone: bool = False) -> int:
+    """Run a training job; returns its exit status: 0, 2 with one line on stderr for a user's mistake, 130 for Ctrl-C,
+    143 for SIGTERM.
+
+    Args:
+        about: what --help says above the options.
+        default: configuration where the arguments name none.
+        first_stage_alone: leave later stages of the configuration out, and refuse one that begins with a second.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options = _parser(name, about).parse_intermixed_args(arguments)
+        config = _config(options.words, default).under(storage_root())
+        _run(_first_stage(config) if first_stage_alone else config, only_check=options.check)
+    except ValleyError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt as error:
+        print(f"{name}: stopped; the same command with the run's run_name goes on", file=sys.stderr)
+        return TERMINATED if isinstance(error, _TerminatedError) else INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break off the cleaning
+    raise _TerminatedError
+
+
+def _run(config: TrainConfig, *, only_check: bool) -> None:
+    from valley_ray.train.check import check_run, pipeline_config
+
+    pipeline_config(config)
+    print(f"storage: {storage_root()}", flush=True)
+    _make_nano(config)
+    check_run(config)
+    if only_check:
+        from valley_ray.train.report import report_run
+
+        print(report_run(config).text())
+        return
+    from valley_ray.session import connect, quiet_ray_data
+    from valley_ray.train.trainer import train
+
+    connect()
+    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own there
+    quiet_ray_data()
+    _say_result(train(config))
+
+
+def _config(words: Sequence[str], default: Path) -> TrainConfig:
+    overrides = [word for word in words if "=" in word]
+    paths = [Path(word) for word in words if "=" not in word]
+    if len(paths) > 1:
+        raise ConfigError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop all but one")
+    return load_config(TrainConfig, paths[0] if paths else default, overrides)
+
+
+def _first_stage(config: TrainConfig) -> TrainConfig:
+    from valley_ray.train.check import LANGUAGE_PARTS
+
+    first = config.stages[0]
+    if parts := sorted(first.parts & LANGUAGE_PARTS):
+        raise ConfigError(
+            f"stage {first.name} trains {', '.join(parts)}, which is for a second stage; run jobs/finetune.py with it"
+        )
+    return config.model_copy(update={"stages": (first,)})
+
+
+def _make_nano(config: TrainConfig) -> None:
+    """Whatever is missing of the nano world that `config` names, and nothing else.
+
+    Raises:
+        ConfigError: another model is named, and there is none.
+    """
+    from valley_ray.nano.backbones import NanoConfig
+    from valley_ray.nano.make import (
+        WorldConfig,
+        make_clips,
+        make_missing_backbones,
+        take_over_backbones,
+        take_over_clips,
+    )
+    from valley_ray.train.check import check_folders
+
+    nano, quickstart = storage_root() / NANO, storage_root() / QUICKSTART
+    wants_backbones = config.model == nano / "backbones"
+    if not wants_backbones:
+        check_folders(config)
+    records = (config.data.pipeline or {}).get("records") or () if config.data.mode == "overlap" else ()
+    wants_clips = any(Path(one) == nano / "data" / "train.json" for one in records)
+    if not wants_backbones and not wants_clips:
+        return
+
+    if wants_clips:
+        take_over_clips(quickstart / "data", nano / "data", WorldConfig(), say=_say)
+        make_clips(nano / "data", WorldConfig(), say=_say)
+    if wants_backbones:
+        take_over_backbones(quickstart / "backbones", nano / "backbones", NanoConfig(), say=_say)
+        make_missing_backbones(nano / "backbones", NanoConfig(), say=_say)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_result(result: "TrainResult") -> None:
+    print(
+        f"model folder  {result.model_folder}\nmetrics       {result.metrics_path}\nloss curve    {result.curve_path}"
+    )
+    print(f'try: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')
+
+
+def _parser(name: str, about: str) -> Parser:
+    parser = Parser(
+        prog=f"jobs/{name}.py",
+        description=about,
+        epilog="\n\n".join(
+            f"{title}:\n{_keys(model)}"
+            for title, model in (
+                ("settings, as KEY=value or in the file", TrainConfig),
+                ("of the data (data.KEY=value)", DataConfig),
+                ("of each stage (stages.0.KEY=value)", StageConfig),
+            )
+        ),
+        formatter_class=_RawFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="say what would be trained, how much memory and how many steps; stop"
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value", help="as above")
+    return parser
+
+
+class _RawFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of description and epilog."""
+
+
+def _keys(model: type[BaseModel]) -> str:
+    """One setting per line: name, default, and what its docstring begins with."""
+    return "\n".join(
+        textwrap.fill(
+            f"{key:<22}  {' '.join((field.description or '').split())} [{_default(field)}]",
+            width=118,
+            initial_indent="  ",
+            subsequent_indent=" " * 26,
+        )
+        for key, field in model.model_fields.items()
+    )
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "docs/training.md" if field.default_factory is not None else str(field.default)
