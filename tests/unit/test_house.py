@@ -91,12 +91,14 @@ def test_every_serve_config_is_valid() -> None:
 def test_every_job_config_is_valid() -> None:
     from valley_ray.data.config import PipelineConfig, PrepareConfig
     from valley_ray.data.download.config import DownloadConfig
+    from valley_ray.evaluate.config import EvaluationConfig
     from valley_ray.train.config import TrainConfig
 
     paths = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
     for path in paths:
-        if path.name in ("download.yaml", "prepare.yaml"):
-            load_config(DownloadConfig if path.name == "download.yaml" else PrepareConfig, path)
+        others = {"download.yaml": DownloadConfig, "prepare.yaml": PrepareConfig, "evaluate.yaml": EvaluationConfig}
+        if path.name in others:
+            load_config(others[path.name], path)
             continue
         config = load_config(TrainConfig, path)
         if config.data.pipeline is not None:

@@ -74,6 +74,8 @@ class AnswerSettings(DecodeSettings):
         update: dict[str, object] = {"sources": tuple(sources), "media_root": None}
         if self.model is not None:
             update["model"] = Path(_input(root, os.fspath(self.model)))
+        if isinstance(encoder := getattr(self, "bertscore_model", None), Path):
+            update["bertscore_model"] = Path(_input(root, os.fspath(encoder)))
         for name in ("output", "shards_dir"):
             if (folder := getattr(self, name)) is not None:
                 update[name] = root / Path(folder).expanduser()

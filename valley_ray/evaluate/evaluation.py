@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from valley_ray.errors import ConfigError, DataError
+from valley_ray.data.sources import open_source
+from valley_ray.errors import CheckpointError, ConfigError, DataError
 from valley_ray.evaluate.answers import ANSWERS_DIR, AnswerSet, answer
 from valley_ray.evaluate.config import EvaluationConfig
+from valley_ray.evaluate.metrics import COLUMNS
 from valley_ray.evaluate.predictions import (
     JUDGED_FILE,
     METRICS_FILE,
@@ -64,11 +66,36 @@ def evaluate(settings: EvaluationConfig) -> EvaluationResult:
         ConfigError: model or output are missing, or cannot be used.
         ValleyError: as `answers.answer`, or nothing was answered.
     """
+    check_evaluation(settings)
+    model, output = settings.model, settings.output
+    assert model is not None, "checked just now"
+    assert output is not None, "checked just now"
+    output = output.absolute()
+    answers = answer(settings, model, output, on_ray=True, shows_progress=True)
+    return _measured(answers, settings, output, kept=output / JUDGED_FILE, title=f"Answers of {model.name}")
+
+
+def check_evaluation(settings: EvaluationConfig) -> None:
+    """Raise, before Ray starts, for what an evaluation alone cannot work with; `evaluate` does so too.
+
+    Raises:
+        ConfigError: model or output are missing.
+        CheckpointError: a model folder that is none.
+        DataError: a source that is not there, or whose format cannot be told.
+    """
     if settings.model is None or settings.output is None:
         raise ConfigError("an evaluation alone needs model and output; set model=FOLDER output=FOLDER")
-    answers = answer(settings, settings.model, settings.output, on_ray=True, shows_progress=True)
-    output = settings.output.absolute()
-    return _measured(answers, settings, output, kept=output / JUDGED_FILE, title=f"Answers of {settings.model.name}")
+    if not (settings.model / "config.json").is_file():
+        raise CheckpointError(f"model={str(settings.model)!r} is no model folder (no config.json in it)")
+    check_split(settings)
+
+
+def check_split(settings: EvaluationConfig) -> None:
+    """The same for an evaluation while training, which has the training's model and output."""
+    for source in settings.under(Path.cwd()).sources:
+        open_source(source)
+    if settings.bertscore_model is not None and not (settings.bertscore_model / "config.json").is_file():
+        raise CheckpointError(f"bertscore_model={str(settings.bertscore_model)!r} is no model folder")
 
 
 def evaluate_checkpoint(
@@ -82,7 +109,7 @@ def evaluate_checkpoint(
     it in a validation task lets what it raises end that task.
 
     Args:
-        folder: a model folder, complete (`valley_ray.train.checkpoint.export_model` writes one).
+        folder: a model folder, complete (`valley_ray.train.export.export_model` writes one).
         settings: its `model` is ignored; `every_checkpoints`, `timeout_s` and `best` are the caller's.
         output: folder of the run; None: settings.output. A line is appended to its ``evaluation.jsonl`` (`step`,
             the metrics, `seconds`); predictions and page go to its ``evaluation/step-<step>``.
@@ -144,7 +171,7 @@ def _table(summary: dict[str, Any]) -> list[str]:
     for of in ("by_source", "by_kind"):
         if len(summary[of]) > 1:
             groups |= {name or "(unnamed)": values for name, values in summary[of].items()}
-    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    names = [name for name in ("rows", "answered", *COLUMNS) if any(name in values for values in groups.values())]
     width = max(map(len, groups))
     lines = [" ".join([" " * width, *(f"{name:>11}" for name in names)])]
     for group, values in groups.items():

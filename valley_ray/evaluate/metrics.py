@@ -3,7 +3,7 @@
     exact_match      equal as a whole, case and outer white space aside
     qa_accuracy      equal as open-ended QA counts it: words alone, articles left out, yes and no by the first word
                      (MSVD-QA, MSRVTT-QA, ActivityNet-QA; texts.is_same_answer)
-    bleu             of all answers together; in a row: of the sentence (sacrebleu)
+    bleu             of all answers together, where a reference has four words; in a row: of the sentence (sacrebleu)
     rouge_1, _2, _l  F1 of shared words, pairs and the longest common subsequence
     bertscore        F1 of an encoder's token vectors, as they come (not rescaled), bertscore.py
     judge_score      0..5, judge_accuracy: share of answers that a language model calls right, judge.py
@@ -16,8 +16,8 @@ from typing import Any
 
 from valley_ray.data.schema import OK
 from valley_ray.evaluate.config import MetricName
-from valley_ray.evaluate.overlap import corpus_bleu, rouge, sentence_bleu
-from valley_ray.evaluate.texts import is_same, is_same_answer
+from valley_ray.evaluate.overlap import BLEU_ORDER, corpus_bleu, rouge, sentence_bleu
+from valley_ray.evaluate.texts import is_same, is_same_answer, words
 
 Row = Mapping[str, Any]
 """One row of the answers; what is measured needs `status`, `reference` and `prediction`."""
@@ -66,7 +66,9 @@ def summarize(rows: Sequence[Row]) -> dict[str, float]:
         if values:
             found[name] = sum(values) / len(values)
     if "bleu" in found:
-        found["bleu"] = corpus_bleu([row["prediction"] for row in measured], [row["reference"] for row in measured])
+        del found["bleu"]
+        if any(len(words(row["reference"])) >= BLEU_ORDER for row in measured):
+            found["bleu"] = corpus_bleu([row["prediction"] for row in measured], [row["reference"] for row in measured])
     return found
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sacrebleu.metrics import BLEU
 
 
+BLEU_ORDER = 4
+"""Longest n-grams of BLEU."""
+
+
 def rouge(prediction: str, reference: str) -> dict[str, float]:
     """F1 of shared words (`rouge_1`), pairs of words (`rouge_2`) and the longest common subsequence (`rouge_l`), 0..1.
 
@@ -47,7 +51,7 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 def _bleu(is_chinese: bool, *, of_sentences: bool) -> "BLEU":
     from sacrebleu.metrics import BLEU
 
-    return BLEU(tokenize="zh" if is_chinese else "13a", effective_order=of_sentences)
+    return BLEU(max_ngram_order=BLEU_ORDER, tokenize="zh" if is_chinese else "13a", effective_order=of_sentences)
 
 
 def _share(percent: float) -> float:
