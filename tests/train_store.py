@@ -15,18 +15,30 @@ ANSWERS = ("A red circle moves left.", "A blue square moves right.", "One.", "Ye
 
 
 def make_store(
-    directory: Path, model: Path, *, num_samples: int, window_size: int = 8, failed: tuple[int, ...] = (), seed: int = 0
+    directory: Path,
+    model: Path,
+    *,
+    num_samples: int,
+    window_size: int = 8,
+    failed: tuple[int, ...] = (),
+    seed: int = 0,
+    sources: tuple[str, ...] = ("records.json",),
 ) -> Path:
-    """Write `num_samples` rows in windows (`failed` ones without tokens, every fifth text-only); return the folder."""
+    """Write `num_samples` rows in windows (`failed` ones without tokens, every fifth text-only); return the folder.
+
+    Samples come from `sources` in turn.
+    """
     directory.mkdir(parents=True)
     processor = ValleyProcessor.from_pretrained(model)
     num_windows = -(-num_samples // window_size)
     parts = {"processor": processor.fingerprint}
-    info = shards.StoreInfo("f", parts, num_samples, window_size, num_windows)
+    of_source = {name: len(range(place, num_samples, len(sources))) for place, name in enumerate(sources)}
+    info = shards.StoreInfo("f", parts, num_samples, window_size, num_windows, sources=of_source)
     commit.write_json(directory / shards.STORE_FILE, dataclasses.asdict(info))
     for index in range(num_windows):
         positions = range(index * window_size, min(num_samples, (index + 1) * window_size))
-        write_window(directory, processor, index, positions, failed, is_last=index == num_windows - 1, seed=seed)
+        is_last = index == num_windows - 1
+        write_window(directory, processor, index, positions, failed, is_last=is_last, seed=seed, sources=sources)
     return directory
 
 
@@ -39,6 +51,7 @@ def write_window(
     *,
     is_last: bool,
     seed: int,
+    sources: tuple[str, ...] = ("records.json",),
 ) -> None:
     """Commit one window with a shard of its own."""
     shard = f"shard-{index:05d}.arrow"
@@ -50,7 +63,8 @@ def write_window(
             frames = rng.integers(0, 256, (int(rng.integers(2, 5)), side, side, 3), dtype=np.uint8)
             row = writer.append(clip_values(f"clip-{position}"), VideoFrames(frames, np.zeros(len(frames))))
             clips = [] if position % 5 == 4 else [(shard, row, len(frames))]
-            rows.append(sample_row(processor, position, clips) if position not in failed else failed_row(position))
+            made = sample_row(processor, position, clips) if position not in failed else failed_row(position)
+            rows.append(made | {"source": sources[position % len(sources)]})
     table = pa.Table.from_pylist(rows, schema=schema.WINDOW_SCHEMA)
     num_ok = sum(row["status"] == schema.OK for row in rows)
     manifest = shards.WindowManifest(

@@ -100,6 +100,7 @@ them from here, whatever records or order it works on."""
 WINDOW_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
+        ("source", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("num_tokens", pa.int32()),

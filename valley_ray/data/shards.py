@@ -46,6 +46,8 @@ class StoreInfo:
     num_windows: int
     shards_dir: str = "."
     """Folder of the shards, relative to the store's own; it decides nothing about what the store holds."""
+    sources: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Samples of each source; empty in stores made before there was such a column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,9 @@ class Window:
         """int32 [N]; 0 for failed samples"""
         self.num_label_tokens: npt.NDArray[np.int32] = table["num_label_tokens"].to_numpy()
         """int32 [N]; 0 for failed samples"""
+        names = table["source"] if "source" in table.column_names else pa.nulls(len(self), pa.string())
+        self.sources: npt.NDArray[np.object_] = np.array([name or "" for name in names.to_pylist()], object)
+        """str [N]; empty in stores made before there was such a column"""
         self.is_ok: npt.NDArray[np.bool_] = np.array([status == OK for status in table["status"].to_pylist()], bool)
         """bool [N]"""
 

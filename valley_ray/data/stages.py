@@ -252,7 +252,8 @@ class TokenizeStage:
         return pa.Table.from_pylist(rows, schema=WINDOW_SCHEMA)
 
     def _row(self, sample: Mapping[str, Any], clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        row = {"sample_id": sample["sample_id"], "clips": [{"shard": c["shard"], "row": c["row"]} for c in clips]}
+        row: dict[str, Any] = {"sample_id": sample["sample_id"], "source": sample.get("source", "")}
+        row["clips"] = [{"shard": c["shard"], "row": c["row"]} for c in clips]
         if sample["status"] != PENDING:
             return row | _failure(sample["error_class"], sample["error"])
         bad = next((clip for clip in clips if clip["status"] != OK), None)

@@ -66,7 +66,8 @@ def make_plan(
     }
     parts |= {"again": again} if again else {}
     windows = plan_windows(clips, samples, order, window_size)
-    info = StoreInfo(fingerprint(parts), parts, samples.num_rows, window_size, len(windows), shards_dir)
+    sources = collections.Counter(samples["source"].to_pylist())
+    info = StoreInfo(fingerprint(parts), parts, samples.num_rows, window_size, len(windows), shards_dir, dict(sources))
     return Plan(processor, sampling, clips, samples, windows, info)
 
 

@@ -1,7 +1,7 @@
 """What a training run is: its model, its data, its workers (its stages: stage_config.py). Knows no torch and no Ray."""
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,9 @@ class DataConfig(Config):
     features: Literal["stored", "computed"] = "stored"
     """stored: where features of this model's tower lie beside the shards (`PrepareConfig.features`), they are read
     instead of frames, and clips without any go through the tower; computed: all clips do."""
+    weights: dict[str, Annotated[float, Field(ge=0.01, le=100)]] | None = None
+    """Draws of every sample per epoch, by its source (name of the file of records, or `SourceConfig.name`): 2 draws
+    each twice, 0.5 half of them in each epoch and the other half in the next. Sources not named are drawn once."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,7 +59,12 @@ class TrainConfig(Config):
     global_batch_size: int = Field(default=32, ge=1)
     """Samples per optimizer step, over all workers; the result does not depend on the number of workers."""
     micro_batch_size: int = Field(default=16, ge=1)
-    """Samples that one worker runs at a time; divides `global_batch_size`."""
+    """Samples that one worker runs at a time; divides `global_batch_size`. `pack_tokens` takes its place."""
+    pack_tokens: int | None = Field(default=None, ge=16)
+    """Tokens that one worker runs at a time: the samples of a global batch stand one behind the other in rows of at
+    most so many, without padding, and do not see each other. A longer sample is left out and listed. None: off."""
+    length_grouping: bool = False
+    """Put samples of like lengths into the same global batch, out of eight batches each: less padding."""
     num_workers: int = Field(default=2, ge=1)
     """Training processes."""
     cpus_per_worker: float = Field(default=0.5, gt=0)

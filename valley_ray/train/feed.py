@@ -6,11 +6,9 @@ Knows the plan, the store and the rank; knows no engine and no Ray.
 import queue
 import threading
 import time
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -19,15 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from valley_ray.data.feature_store import FeatureStore
-from valley_ray.data.shards import Sample, StoreInfo, Window, WindowStore
-from valley_ray.errors import DataError, TrainingError, ValleyError
-from valley_ray.train.packing import MicroBatch, collate, make_clip
-from valley_ray.train.plan import StagePlan, StepPlan
-
-POLL_S = 0.1
-
-ClipKey = tuple[str, int]
-"""Shard and row of a clip."""
+from valley_ray.errors import TrainingError, ValleyError
+from valley_ray.train.packing import MicroBatch, collate, collate_packed, make_clip
+from valley_ray.train.plan import PlanDigest, StagePlan, StepPlan
+from valley_ray.train.sample_index import ClipKey
+from valley_ray.train.sample_index import RunEndedError as RunEndedError
+from valley_ray.train.sample_index import SampleIndex as SampleIndex
 
 
 @dataclass(frozen=True)
@@ -42,82 +37,8 @@ class StepBatches:
     """Tokens of the global batch, visual ones included, without padding."""
     num_label_tokens: int
     """Label tokens of the global batch, by which the loss is divided on every rank."""
-
-
-class RunEndedError(TrainingError):
-    """An end that every rank comes to by itself, and would come to again: the run stops without another attempt."""
-
-
-class SampleIndex:
-    """The ok samples of a store by their number in the plan; grows while the pipeline commits windows."""
-
-    def __init__(self, directory: Path) -> None:
-        self._store = WindowStore(directory)
-        self._windows: list[Window] = []
-        self._rows: list[NDArray[np.int64]] = []
-        self._starts: list[int] = []
-        self.num_known = 0
-        """Ok samples committed so far."""
-        self.complete = False
-        """Whether these are all."""
-
-    def wait_for(self, num_samples: int, *, timeout_s: float, stop: threading.Event) -> None:
-        """Return once `num_samples` ok samples are known, or all windows are.
-
-        All ranks come to the same end: a failed pipeline counts only after every window it committed has been seen.
-
-        Raises:
-            RunEndedError: the pipeline failed, or the store holds no ok sample.
-            DataError: no window came for `timeout_s`, or the store is damaged.
-        """
-        while self.num_known < num_samples and not self.complete:
-            try:
-                manifest = self._store.wait(len(self._windows), timeout_s=timeout_s, poll_s=POLL_S, stop=stop)
-            except DataError as error:
-                if self._store.failure() is None:
-                    raise
-                raise RunEndedError(str(error)) from error
-            window = self._store.read(manifest)
-            self._starts.append(self.num_known)
-            self._windows.append(window)
-            self._rows.append(np.flatnonzero(window.is_ok))
-            self.num_known += manifest.num_ok
-            self.complete = manifest.is_last
-        if self.complete and not self.num_known:
-            raise RunEndedError(f"no sample of {self._store.directory} is ok; see error_class in its windows")
-
-    def info(self, *, timeout_s: float) -> StoreInfo:
-        """What the store will hold: known before its first window. Raises as `wait_for` does."""
-        deadline = time.monotonic() + timeout_s
-        while (info := self._store.info()) is None:
-            failure = self._store.failure()
-            if failure is not None:
-                raise RunEndedError(f"the data pipeline failed before its first window: {failure}")
-            if time.monotonic() > deadline:
-                raise DataError(f"{self._store.directory}: no data pipeline began within {timeout_s:g} s")
-            time.sleep(POLL_S)
-        return info
-
-    def num_tokens(self, numbers: tuple[int, ...]) -> tuple[int, int]:
-        """Tokens of these samples together, and how many of them are labels."""
-        places = [self._place(number) for number in numbers]
-        tokens = sum(int(self._windows[window].num_tokens[row]) for window, row in places)
-        return tokens, sum(int(self._windows[window].num_label_tokens[row]) for window, row in places)
-
-    @property
-    def shards_dir(self) -> Path:
-        """Folder of the shards that the samples point into; known once `info` is."""
-        return self._store.shards_dir
-
-    def sample(self, number: int) -> tuple[Sample, list[ClipKey]]:
-        """A sample and the keys of its clips."""
-        window, row = self._place(number)
-        clips = self._windows[window].table["clips"][row].as_py()
-        return self._windows[window][row], [(clip["shard"], clip["row"]) for clip in clips]
-
-    def _place(self, number: int) -> tuple[int, int]:
-        window = bisect_right(self._starts, number) - 1
-        return window, int(self._rows[window][number - self._starts[window]])
+    plan_hash: str
+    """Of all global batches up to this one; a run that goes on behind it must come to the same."""
 
 
 class FeatureCache:
@@ -165,6 +86,8 @@ class FeedSettings:
     timeout_s: float
     stored: FeatureStore | None = None
     """Features that lie beside the shards."""
+    plan_hash: str | None = None
+    """Where the stage goes on from a checkpoint: `StepBatches.plan_hash` of the last step before it."""
 
 
 class Feeder:
@@ -211,8 +134,8 @@ class Feeder:
 
     def _run(self, first_step: int) -> None:
         try:
-            for step in self._steps(first_step):
-                self._queue.put(self._batches(step))
+            for step, plan_hash in self._steps(first_step):
+                self._queue.put(self._batches(step, plan_hash))
                 if self._stop.is_set():
                     return
         except ValleyError as error:
@@ -224,31 +147,43 @@ class Feeder:
         else:
             self._queue.put(None)
 
-    def _steps(self, first_step: int) -> Iterator[StepPlan]:
-        plan, index = self._plan, self._index
-        number = first_step
-        while plan.max_steps is None or number < plan.max_steps:
-            needed = plan.samples_needed(number)
-            index.wait_for(needed, timeout_s=self._settings.timeout_s, stop=self._stop)
-            if index.complete and number >= plan.num_steps(index.num_known):
-                return
-            step = plan.step(number, num_known=index.num_known, complete=index.complete)
-            assert step is not None, f"step {number} is undecided although {index.num_known} samples are known"
-            yield step
+    def _steps(self, first_step: int) -> Iterator[tuple[StepPlan, str]]:
+        """The steps from `first_step` on, each with the hash of the plan up to it."""
+        plan, index, settings = self._plan, self._index, self._settings
+        digest = PlanDigest(plan, index.info(timeout_s=settings.timeout_s).fingerprint)
+        stream = plan.stream(index.known)
+        number = 0
+        while (num_steps := plan.steps_in(stream)) is None or number < num_steps:
+            batch = plan.batch(number, stream)
+            if batch is None:
+                index.grow(timeout_s=settings.timeout_s, stop=self._stop)
+                stream = plan.stream(index.known)
+                continue
+            plan_hash = digest.add(batch, stream.known)
+            if number == first_step - 1:
+                self._check(plan_hash)
+            if number >= first_step:
+                yield StepPlan(number, plan.cut(batch, stream.known)), plan_hash
             number += 1
 
-    def _batches(self, step: StepPlan) -> StepBatches:
-        settings = self._settings
-        count = self._plan.num_micro_batches(settings.world)
-        slots = step.of_rank(settings.rank, settings.world, count)
-        samples = step.samples
-        num_tokens, num_label_tokens = self._index.num_tokens(samples)
+    def _check(self, plan_hash: str) -> None:
+        wanted = self._settings.plan_hash
+        if wanted is not None and wanted != plan_hash:
+            raise RunEndedError(
+                f"the batches up to the checkpoint are others than those it was made of (plan {plan_hash}, checkpoint "
+                f"{wanted}); give the data and settings of that run, or another run_name"
+            )
+
+    def _batches(self, step: StepPlan, plan_hash: str) -> StepBatches:
+        settings, known = self._settings, self._index.known
+        samples = list(step.samples)
         return StepBatches(
             index=step.index,
-            micro_batches=tuple(self._micro_batch(slot) for slot in slots),
+            micro_batches=tuple(self._micro_batch(slot) for slot in step.of_rank(settings.rank, settings.world)),
             num_samples=len(samples),
-            num_tokens=num_tokens,
-            num_label_tokens=num_label_tokens,
+            num_tokens=int(known.num_tokens[samples].sum()),
+            num_label_tokens=int(known.num_label_tokens[samples].sum()),
+            plan_hash=plan_hash,
         )
 
     def _micro_batch(self, numbers: tuple[int, ...]) -> MicroBatch:
@@ -260,6 +195,8 @@ class Feeder:
                 clips.append(
                     make_clip(key, frames, pixel_values=self._settings.pixel_values, features=self._features(key))
                 )
+        if self._plan.pack_tokens is not None and samples:
+            return collate_packed(samples, clips)
         return collate(samples, clips, pad_token_id=self._settings.pad_token_id)
 
     def _features(self, key: ClipKey) -> torch.Tensor | None:

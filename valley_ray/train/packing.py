@@ -1,14 +1,16 @@
-"""Samples → one padded micro-batch. Knows no plan, no ranks and no files.
+"""Samples → one micro-batch, padded or packed. Knows no plan, no ranks and no files.
 
 Legend: B samples, L tokens of the longest one, T frames, S crop side, P patches, Dv tower width.
 """
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from valley_ray.data.shards import Sample
 
@@ -46,20 +48,21 @@ class MicroBatch:
     segment_ids: torch.Tensor | None = None
     """int64 [B, L] where rows are packed: 1, 2, ... per sample of a row, 0 for padding; None in padded batches"""
 
-    def model_inputs(self, device: torch.device, *, attention: str) -> dict[str, torch.Tensor]:
+    def model_inputs(self, device: torch.device, *, attention: str) -> dict[str, Any]:
         """What `ValleyCore.forward` takes beside the features, on `device`.
 
         Args:
             attention: the language model's implementation (`config._attn_implementation`). Packed rows need a mask
                 of four dimensions, since position_ids alone let samples see each other; flash attention takes no
-                mask and finds the samples by their position_ids instead.
+                mask and is told where the samples begin.
         """
         inputs = {"input_ids": self.input_ids.to(device), "labels": self.labels.to(device)}
         if self.position_ids is None or self.segment_ids is None:
             return inputs | {"attention_mask": self.attention_mask.to(device)}
         inputs["position_ids"] = self.position_ids.to(device)
-        if "flash" not in attention:
-            inputs["attention_mask"] = packed_mask(self.segment_ids.to(device), attention=attention)
+        if "flash" in attention:
+            return inputs | _variable_lengths(self.segment_ids, device)
+        inputs["attention_mask"] = packed_mask(self.segment_ids.to(device), attention=attention)
         return inputs
 
 
@@ -76,6 +79,16 @@ def packed_mask(segment_ids: torch.Tensor, *, attention: str) -> torch.Tensor:
         return mask[:, None]
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)[:, None]
+
+
+def _variable_lengths(segment_ids: torch.Tensor, device: torch.device) -> dict[str, Any]:
+    """Where the samples of one row [1, L] begin, as transformers' flash attention takes it: looked for in every layer
+    otherwise, each time waiting for the GPU."""
+    assert len(segment_ids) == 1, "flash attention takes packed samples as one row"
+    lengths = torch.unique_consecutive(segment_ids[0], return_counts=True)[1]
+    starts = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def collate(samples: Sequence[Sample], clips: Sequence[Clip], *, pad_token_id: int) -> MicroBatch:
@@ -98,6 +111,26 @@ def collate(samples: Sequence[Sample], clips: Sequence[Clip], *, pad_token_id: i
         labels=labels,
         clips=tuple(clips),
         sample_ids=tuple(sample.sample_id for sample in samples),
+    )
+
+
+def collate_packed(samples: Sequence[Sample], clips: Sequence[Clip]) -> MicroBatch:
+    """`samples` one behind the other in one row, without padding; `packed_mask` keeps them apart."""
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    starts = lengths.cumsum(0) - lengths
+    labels = torch.from_numpy(np.concatenate([sample.labels for sample in samples]))
+    # As in a padded row, nothing comes before a first token that it could be predicted from.
+    labels[starts] = IGNORED
+    input_ids = torch.from_numpy(np.concatenate([sample.input_ids for sample in samples]))
+    segment_ids = torch.repeat_interleave(torch.arange(1, len(samples) + 1), lengths)
+    return MicroBatch(
+        input_ids=input_ids[None],
+        attention_mask=torch.ones_like(input_ids)[None],
+        labels=labels[None],
+        clips=tuple(clips),
+        sample_ids=tuple(sample.sample_id for sample in samples),
+        position_ids=(torch.arange(len(input_ids)) - starts[segment_ids - 1])[None],
+        segment_ids=segment_ids[None],
     )
 
 

@@ -1,5 +1,8 @@
 """Windows become the micro-batches of a rank, ahead of the loop; an end of the data is an end and never a hang."""
 
+import dataclasses
+import json
+import logging
 import threading
 import time
 from pathlib import Path
@@ -15,10 +18,20 @@ from valley_ray.processor import ValleyProcessor
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex
 from valley_ray.train.plan import StagePlan
 
+PLAN = StagePlan(stage=0, seed=0, global_batch_size=6, micro_batch_size=2, epochs=2, max_steps=None)
 
-def make_feeder(directory: Path, model: Path, *, rank: int = 0, world: int = 1, first_step: int = 0) -> Feeder:
+
+def make_feeder(
+    directory: Path,
+    model: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    first_step: int = 0,
+    plan: StagePlan = PLAN,
+    plan_hash: str | None = None,
+) -> Feeder:
     processor = ValleyProcessor.from_pretrained(model)
-    plan = StagePlan(stage=0, seed=0, global_batch_size=6, micro_batch_size=2, epochs=2, max_steps=None)
     settings = FeedSettings(
         rank=rank,
         world=world,
@@ -26,8 +39,10 @@ def make_feeder(directory: Path, model: Path, *, rank: int = 0, world: int = 1, 
         pixel_values=processor.pixel_values,
         prefetch_steps=2,
         timeout_s=5.0,
+        plan_hash=plan_hash,
     )
-    return Feeder(plan, SampleIndex(directory), FeatureCache(0), settings, first_step=first_step)
+    index = SampleIndex(directory, pack_tokens=plan.pack_tokens)
+    return Feeder(plan, index, FeatureCache(0), settings, first_step=first_step)
 
 
 @pytest.fixture
@@ -65,6 +80,71 @@ def test_a_resumed_feeder_goes_on_with_the_same_batches(store: Path, tiny_valley
     assert ids_of(make_feeder(store, tiny_valley, first_step=2)) == ids_of(make_feeder(store, tiny_valley))[2:]
 
 
+def test_a_resumed_feeder_stops_where_the_data_are_others(store: Path, tmp_path: Path, tiny_valley: Path) -> None:
+    with make_feeder(store, tiny_valley) as feeder:
+        hashes = [step.plan_hash for step in feeder]
+    with make_feeder(store, tiny_valley, first_step=2, plan_hash=hashes[1]) as feeder:
+        assert [step.plan_hash for step in feeder] == hashes[2:]
+    other = make_store(tmp_path / "other", tiny_valley, num_samples=20, failed=(3, 9))
+    with (
+        make_feeder(other, tiny_valley, first_step=2, plan_hash=hashes[1]) as feeder,
+        pytest.raises(RunEndedError, match="others than those"),
+    ):
+        next(iter(feeder))
+
+
+PACKED = dataclasses.replace(PLAN, pack_tokens=64)
+
+
+def test_packed_ranks_share_the_rows_of_the_same_batches(store: Path, tiny_valley: Path) -> None:
+    padded, packed = (ids_of(make_feeder(store, tiny_valley, plan=plan)) for plan in (PLAN, PACKED))
+    assert [sorted(step) for step in packed] == [sorted(step) for step in padded]
+    per_rank = []
+    for rank in range(2):
+        with make_feeder(store, tiny_valley, plan=PACKED, rank=rank, world=2) as feeder:
+            per_rank.append(list(feeder))
+    for whole, *parts in zip(packed, *per_rank, strict=True):
+        assert sorted(whole) == sorted(
+            name for part in parts for batch in part.micro_batches for name in batch.sample_ids
+        )
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        sizes = [batch.input_ids.numel() for part in parts for batch in part.micro_batches if batch.sample_ids]
+        assert sum(sizes) == parts[0].num_tokens, "no padding"
+        assert max(sizes) <= 64
+
+
+def test_a_sample_that_is_too_long_to_pack_is_left_out_and_listed(
+    store: Path, tmp_path: Path, tiny_valley: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = SampleIndex(store)
+    while not whole.known.complete:
+        whole.grow(timeout_s=1.0, stop=threading.Event())
+    budget = int(whole.known.num_tokens.max()) - 1
+    index = SampleIndex(store, pack_tokens=budget)
+    with caplog.at_level(logging.WARNING):
+        while not index.known.complete:
+            index.grow(timeout_s=1.0, stop=threading.Event())
+    num_long = int((whole.known.num_tokens > budget).sum())
+    assert num_long > 0
+    assert "too long" in caplog.text
+    assert len(index.known) == len(whole.known) - num_long
+    assert len(index.known) + len(index.left_out) == 20
+    index.write_left_out(tmp_path / "run" / "left_out.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
+    assert sorted(one["error_class"] for one in listed) == ["media_corrupt"] * 2 + ["prompt_too_long"] * num_long
+    assert all(f"pack_tokens={budget}" in one["error"] for one in listed if one["error_class"] == "prompt_too_long")
+    assert {one["sample_id"] for one in listed} >= {"sample-3", "sample-8"}
+
+
+def test_weights_decide_how_often_the_samples_of_a_source_come(tmp_path: Path, tiny_valley: Path) -> None:
+    directory = make_store(tmp_path / "store", tiny_valley, num_samples=24, sources=("a.json", "b.json"))
+    plan = dataclasses.replace(PLAN, weights={"a.json": 2, "b.json": 0.5})
+    names = [name for step in ids_of(make_feeder(directory, tiny_valley, plan=plan)) for name in step]
+    assert sorted(names) == sorted(
+        [f"sample-{number}" for number in range(24) for _ in range(4 if number % 2 == 0 else 1)]
+    )
+
+
 def test_training_waits_for_windows_and_starts_on_the_first(tmp_path: Path, tiny_valley: Path) -> None:
     source = make_store(tmp_path / "all", tiny_valley, num_samples=20)
     growing = tmp_path / "growing"
@@ -97,8 +177,8 @@ def test_a_failed_pipeline_ends_the_run_with_its_reason_after_its_last_window(
 def test_a_store_without_ok_samples_is_said(tmp_path: Path, tiny_valley: Path) -> None:
     directory = make_store(tmp_path / "store", tiny_valley, num_samples=2, failed=(0, 1))
     index = SampleIndex(directory)
-    with pytest.raises(RunEndedError, match="no sample"):
-        index.wait_for(1, timeout_s=1.0, stop=threading.Event())
+    with pytest.raises(RunEndedError, match=r"no sample .* is usable: 2 media_corrupt"):
+        index.grow(timeout_s=1.0, stop=threading.Event())
 
 
 def test_leaving_early_stops_the_thread(store: Path, tiny_valley: Path) -> None:
