@@ -12,6 +12,7 @@ from valley_ray.data.config import PipelineConfig
 from valley_ray.data.shards import WindowStore
 from valley_ray.errors import CheckpointError, ConfigError
 from valley_ray.train.config import TrainConfig
+from valley_ray.train.order import check_weights
 from valley_ray.train.stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def _check_data(config: TrainConfig, processor: "ValleyProcessor") -> None:
     for folder in settings.media_root:
         if not folder.is_dir():
             raise ConfigError(f"data.pipeline.media_root: {folder} is no folder; check the path")
+    check_weights(config.data.weights, dict.fromkeys((path.name for path in settings.records), 0))
 
 
 def _check_store(config: TrainConfig, processor: "ValleyProcessor") -> None:
@@ -149,6 +151,7 @@ def _check_store(config: TrainConfig, processor: "ValleyProcessor") -> None:
             f"the windows in {str(folder)!r} were made with another processor than that of {str(config.model)!r}; run "
             "the data pipeline with this model"
         )
+    check_weights(config.data.weights, info.sources if info is not None else {})
     check_batch(config, sum(manifest.num_ok for manifest in manifests), what="ok samples")
 
 

@@ -41,6 +41,8 @@ class DataFacts:
     """Rows that can be trained on: the ok ones of a store, or all records."""
     num_failed: int
     """Rows of a store that cannot."""
+    sources: Mapping[str, int]
+    """All rows, by the source that `data.weights` may name."""
     lengths: tuple[int, ...]
     """Tokens of the samples that were looked at."""
     label_lengths: tuple[int, ...]
@@ -69,7 +71,7 @@ def read_facts(config: TrainConfig, processor: "ValleyProcessor") -> DataFacts:
 
 def _of_store(folder: "Path") -> DataFacts:
     store = WindowStore(folder)
-    manifests = store.committed()
+    manifests, info = store.committed(), store.info()
     lengths: list[int] = []
     labels: list[int] = []
     failures: Counter[str] = Counter()
@@ -83,6 +85,7 @@ def _of_store(folder: "Path") -> DataFacts:
         what=f"{len(manifests)} windows in {folder}",
         num_samples=sum(manifest.num_ok for manifest in manifests),
         num_failed=sum(manifest.num_failed for manifest in manifests),
+        sources=info.sources if info is not None else {},
         lengths=tuple(lengths),
         label_lengths=tuple(labels),
         failures=failures,
@@ -92,21 +95,22 @@ def _of_store(folder: "Path") -> DataFacts:
 def _of_records(settings: PipelineConfig, processor: "ValleyProcessor", *, seed: int) -> DataFacts:
     from valley_ray.data.stages import TokenizeStage
 
-    count = 0
+    sources: Counter[str] = Counter()
     tokenized: list[dict[str, Any]] = []
     num_frames = (settings.sampling or processor.sampling).num_frames or FRAMES_AT_A_RATE
     tokenize = TokenizeStage(processor)
     for path, root in zip(settings.records, settings.roots, strict=True):
         rows, total = _some_rows(path, root, random.Random(seed))
-        count += total
+        sources[path.name] += total
         clips = {clip["clip_id"]: _outcome(clip, num_frames) for row in rows for clip in row.clips}
         tokenized += tokenize([row.sample for row in rows if row.sample is not None], clips).to_pylist()
     found = [row for row in tokenized if row["status"] == OK]
     failures = Counter(f"{row['error_class']}: {row['error']}" for row in tokenized if row["status"] != OK)
     return DataFacts(
         what=f"{len(settings.records)} files of records",
-        num_samples=count,
+        num_samples=sources.total(),
         num_failed=0,
+        sources=sources,
         lengths=tuple(row["num_tokens"] for row in found),
         label_lengths=tuple(row["num_label_tokens"] for row in found),
         failures=failures,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from valley_ray.train.export import put_trained
 from valley_ray.train.config import TrainConfig
+from valley_ray.train.export import put_trained
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import ParameterGroup, holders, prepare_stage
 
@@ -133,6 +133,7 @@ def forecast_memory(
     tower        4 bytes per parameter of a frozen one
     """
     world, half = config.min_workers, config.precision != "fp32"
+    zero_stage = max(zero_stage, 1) if half else zero_stage  # as train/zero.py runs it
     module, trained = forecast.num_module, forecast.num_trained
     width = 2 if half else 4
     share = {stage: world if zero_stage >= stage else 1 for stage in (1, 2, 3)}

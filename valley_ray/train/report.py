@@ -13,7 +13,7 @@ from valley_ray.train.check import check_run
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.data_facts import DataFacts, read_facts
 from valley_ray.train.forecast import Memory, StageForecast, activation_bytes, forecast_memory, forecast_stage
-from valley_ray.train.stage_config import StageConfig
+from valley_ray.train.plan import StagePlan
 
 if TYPE_CHECKING:
     from valley_ray.model.config import ValleyConfig
@@ -57,7 +57,9 @@ def report_run(config: TrainConfig) -> RunReport:
     data = read_facts(config, ValleyProcessor.from_pretrained(config.model))
     check_batch(config, data.num_samples, what="records" if config.data.mode == "overlap" else "ok samples")
     stages = tuple(forecast_stage(model_config, config, stage) for stage in config.stages)
-    steps = tuple(num_steps(config, stage, data.num_samples) for stage in config.stages)
+    # Where nothing is drawn more or less often, failed rows of a store are known not to count.
+    rows = data.sources if config.data.weights else data.num_samples
+    steps = tuple(StagePlan.of_stage(config, number).num_steps(rows) for number in range(len(config.stages)))
     memory = {
         (zero, offload): _largest(model_config, config, stages, data, zero, offload=offload)
         for zero in (0, 1, 2, 3)
@@ -67,14 +69,6 @@ def report_run(config: TrainConfig) -> RunReport:
         config, stages, steps, data, memory, warnings, tuple(without_effect(config, model_config, steps))
     )
     return RunReport(**{**report.__dict__, "warnings": (*warnings, *_warnings(report))})
-
-
-def num_steps(config: TrainConfig, stage: StageConfig, num_samples: int) -> int:
-    """Optimizer steps of a stage over `num_samples` samples."""
-    if stage.max_steps is not None:
-        return stage.max_steps
-    assert stage.epochs is not None, "a stage has epochs or max_steps"
-    return -(-stage.epochs * num_samples // config.global_batch_size)
 
 
 def without_effect(config: TrainConfig, model_config: "ValleyConfig", steps: tuple[int, ...]) -> Iterator[str]:
@@ -118,6 +112,8 @@ def _warnings(report: RunReport) -> Iterator[str]:
         )
     if config.checkpoint_every is None and config.max_failures:
         yield "checkpoint_every is null: a worker's death begins the run again"
+    if config.pack_tokens is not None and (over := sum(length > config.pack_tokens for length in data.lengths)):
+        yield f"{over} of {len(data.lengths)} samples looked at have more than pack_tokens={config.pack_tokens} tokens"
     if config.data.mode == "overlap" and data.failures:
         share = sum(data.failures.values()) / (len(data.lengths) + sum(data.failures.values()))
         yield f"about {share:.0%} of the records cannot be trained on; see above"

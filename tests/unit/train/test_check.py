@@ -162,6 +162,9 @@ def test_files_that_are_not_there_are_named(config: Callable[..., TrainConfig], 
     refused(overlap(media_root=str(tmp_path / "media")), f"media_root: {tmp_path / 'media'} is no folder")
     refused(overlap(window_sise=3), "did you mean 'window_size'")
     refused(overlap(model="another"), "differs from")
+    weighted = overlap()
+    data = weighted.data.model_copy(update={"weights": {"r.json": 2.0, "q.json": 1.0}})
+    refused(weighted.model_copy(update={"data": data}), "data.weights names q.json")
     assert check_run(overlap()) == ()
 
 
