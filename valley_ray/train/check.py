@@ -38,6 +38,10 @@ def check_run(config: TrainConfig) -> tuple[str, ...]:
     processor = _check_processor(config)
     _check_data(config, processor)
     check_parts(config, model_config)
+    if config.evaluation is not None:
+        from valley_ray.evaluate.evaluation import check_split
+
+        check_split(config.evaluation)
     return _check_projector(config)
 
 

@@ -12,7 +12,8 @@ from tiny import make_tiny_valley
 from train_store import make_store
 
 from valley_ray.config import load_config
-from valley_ray.errors import CheckpointError, ConfigError, ValleyError
+from valley_ray.errors import CheckpointError, ConfigError, DataError, ValleyError
+from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.check import check_run
@@ -166,6 +167,11 @@ def test_files_that_are_not_there_are_named(config: Callable[..., TrainConfig], 
     data = weighted.data.model_copy(update={"weights": {"r.json": 2.0, "q.json": 1.0}})
     refused(weighted.model_copy(update={"data": data}), "data.weights names q.json")
     assert check_run(overlap()) == ()
+
+
+def test_a_held_out_split_that_is_not_there_is_named(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    split = EvaluationConfig(sources=({"path": str(tmp_path / "heldout.json")},))
+    refused(config(evaluation=split), "heldout.json", DataError)
 
 
 def test_the_shipped_configurations_of_the_original_wait_only_for_their_model() -> None:
