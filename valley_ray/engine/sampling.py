@@ -5,6 +5,7 @@ a generator was used before, so that any replica that sees the same prompt goes 
 N rows, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,10 +16,22 @@ from valley_ray.engine.engine import SamplingParams
 _LEAST_TEMPERATURE = 1e-30
 """Smaller ones are 0 in float32, or make logits infinite: the draw would be among NaN."""
 
+Logprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""Log-probability of the chosen token, and (token id, log-probability) of the likeliest."""
 
-def choose_tokens(logits_NV: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """One token id per row of `logits_NV` (float [N, V]); `positions[i]` is the index of row i's new token, from 0."""
+
+def choose_tokens(
+    logits_NV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    generated: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """One token id per row of `logits_NV` (float [N, V]); `positions[i]` is the index of row i's new token, from 0.
+
+    `generated[i]` are the tokens of row i's answer so far, for penalties. The logits stay as they are.
+    """
     assert len(params) == len(positions) == len(logits_NV), "one SamplingParams and one position per row"
+    logits_NV = _adjusted(logits_NV, params, generated)
     tokens: list[int] = logits_NV.argmax(dim=-1).tolist()
     drawn = [row for row, one in enumerate(params) if one.temperature > 0]
     if drawn:
@@ -29,12 +42,61 @@ def choose_tokens(logits_NV: torch.Tensor, params: Sequence[SamplingParams], pos
     return tokens
 
 
+def logprobs_of(
+    logits_NV: torch.Tensor, params: Sequence[SamplingParams], tokens: Sequence[int]
+) -> dict[int, Logprobs]:
+    """Row → log-probabilities of its chosen token and alternatives, for the rows whose params ask for them.
+
+    Natural logarithms of the float32 softmax of the logits as the model gave them, as vLLM reports by default
+    (`raw_logprobs`): temperature, penalties and bias do not show.
+    """
+    asked = [(row, one.logprobs) for row, one in enumerate(params) if one.logprobs is not None]
+    if not asked:
+        return {}
+    rows, counts = zip(*asked, strict=True)
+    logprobs = logits_NV[list(rows)].float().log_softmax(dim=-1)
+    chosen = torch.tensor([tokens[row] for row in rows], device=logits_NV.device)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    values, ids = (one.tolist() for one in logprobs.topk(min(max(counts), logprobs.shape[1]), dim=-1))
+    return {
+        row: (own[place], tuple(zip(ids[place][:count], values[place][:count], strict=True)))
+        for place, (row, count) in enumerate(asked)
+    }
+
+
 def uniform_number(seed: int, position: int) -> float:
     """The number in [0, 1) of one (seed, position); any integer seed is taken modulo 2**64.
 
     numpy documents Philox as a counter-based generator with a fixed stream, so the number is the same everywhere.
     """
     return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position)).random())
+
+
+def _adjusted(
+    logits_NV: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[Sequence[int]] | None
+) -> torch.Tensor:
+    """Bias added and penalties taken off, in float32; the same tensor where nobody asks."""
+    rows: list[int] = []
+    ids: list[int] = []
+    amounts: list[float] = []
+    for row, one in enumerate(params):
+        changes = dict(one.logit_bias)
+        if one.presence_penalty or one.frequency_penalty:
+            assert generated is not None, "penalties need the tokens so far"
+            for token, count in Counter(generated[row]).items():
+                penalty = one.presence_penalty + count * one.frequency_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        known = {token: amount for token, amount in changes.items() if 0 <= token < logits_NV.shape[1]}
+        rows += [row] * len(known)
+        ids += known.keys()
+        amounts += known.values()
+    if not rows:
+        return logits_NV
+    device = logits_NV.device
+    places = (torch.tensor(rows, device=device), torch.tensor(ids, device=device))
+    adjusted = logits_NV.to(torch.float32, copy=True)
+    adjusted[places] += torch.tensor(amounts, dtype=torch.float32, device=device)
+    return adjusted
 
 
 def _draw(logits_NV: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> list[int]:

@@ -1,16 +1,16 @@
-"""SlotEngine: continuous batching over a preallocated KV cache, for any Hugging Face causal LM with a `Cache`.
+"""SlotEngine: continuous batching over a preallocated KV cache, for Hugging Face causal LMs.
 
-Requests join and leave between steps. Running ones occupy rows 0..n-1 of the cache (the last row moves into a hole),
-so one step is one forward pass over n rows and the columns of the longest of them. New prompts of similar length are
-prefilled together. Greedy tokens equal Hugging Face `generate` (float32, where the top logit leads by more than 1e-4):
-the batch changes float rounding and nothing else. Not thread-safe: one thread steps, adds and aborts.
-n running requests, L prompt tokens, D hidden width, M maximum length, V vocabulary.
+Requests join and leave between steps. One step is one forward pass over the newest token of every running request and
+the next chunks of the prompts in line, laid end to end: a long prompt is computed piece by piece while streams go on.
+A prompt that begins like one whose keys and values are in the cache, running or finished, takes them over. Greedy
+tokens equal Hugging Face `generate` (float32, where the top logit leads by more than 1e-4): the batch changes float
+rounding and nothing else. Not thread-safe: one thread steps, adds and aborts.
+n running requests, N new tokens of a pass, L prompt tokens, D hidden width, M maximum length, V vocabulary.
 """
 
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -18,15 +18,19 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
+from valley_ray.engine.attention import Chunk, SlotPass
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams, TokenEvent
-from valley_ray.engine.sampling import choose_tokens
+from valley_ray.engine.prefix import ContentKeys
+from valley_ray.engine.rows import Request, Rows
+from valley_ray.engine.sampling import choose_tokens, logprobs_of
+from valley_ray.engine.shadow import shadow
 from valley_ray.errors import ConfigError, PromptTooLongError
 
 logger = logging.getLogger(__name__)
 
-_PADDING_SHARE = 0.25
-"""Prompts are prefilled together while at most this share of the computed positions is padding."""
+_PREFILL_TOKENS = {"cpu": 512}
+_PREFILL_TOKENS_ELSEWHERE = 4096
 
 
 class LanguageCore(Protocol):
@@ -34,62 +38,78 @@ class LanguageCore(Protocol):
 
     @property
     def language_model(self) -> PreTrainedModel:
-        """A causal LM whose attention runs on sdpa or eager."""
+        """A causal LM that takes its attention function from transformers' table."""
 
     def embed(self, input_ids: torch.Tensor, visual_tokens: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [L] and one [P + T, D] per visual block → [L, D]."""
-
-
-@dataclass(eq=False)
-class _Request:
-    request_id: str
-    prompt_length: int
-    embeds_LD: torch.Tensor | None
-    """The prompt, until it is prefilled."""
-    params: SamplingParams
-    token_ids: list[int] = field(default_factory=list)
-
-    @property
-    def num_cached(self) -> int:
-        """Columns of its row that are filled: the prompt and every new token but the last."""
-        return self.prompt_length + len(self.token_ids) - 1
 
 
 class SlotEngine:
     """The default Engine: at most `num_slots` requests run at once, the others wait in order of arrival."""
 
     def __init__(
-        self, core: LanguageCore, *, num_slots: int = 16, max_length: int = 2048, max_prefill_tokens: int = 4096
+        self,
+        core: LanguageCore,
+        *,
+        num_slots: int = 16,
+        max_length: int = 2048,
+        max_prefill_tokens: int | None = None,
+        num_kept_prompts: int = 0,
+        pack_weights: bool | None = None,
     ) -> None:
-        """Allocates keys and values for num_slots * max_length tokens (untouched pages cost nothing on a CPU).
+        """Reads the weights now: a model that is moved, merged or trained afterwards needs a new engine.
 
-        `max_prefill_tokens` bounds the prompt tokens of one step (one prompt always fits), so that prompts in line
-        do not stall running streams. Raises ConfigError for a model whose attention the cache cannot serve.
+        Allocates keys and values for (num_slots + num_kept_prompts) * max_length tokens; untouched pages cost nothing
+        on a CPU.
+
+        Args:
+            core: the model; it is not changed.
+            num_slots: requests that run at once.
+            max_length: tokens of one request, prompt and answer together.
+            max_prefill_tokens: prompt tokens of one step at most, which bounds the gap between two tokens of a running
+                stream. None: 512 on a CPU, 4096 elsewhere.
+            num_kept_prompts: finished requests whose keys and values are kept although every slot runs; a free slot
+                keeps what it had in any case.
+            pack_weights: see `shadow`; None is right nearly always.
+
+        Raises:
+            ConfigError: the model's attention cannot be served, or a number is out of range.
         """
-        self._core, self._num_slots, self._max_prefill_tokens = core, num_slots, max_prefill_tokens
-        self._model = core.language_model
-        self._config: Any = self._model.config.get_text_config(decoder=True)
+        self._core = core
+        self._config: Any = core.language_model.config.get_text_config(decoder=True)
         context = getattr(self._config, "max_position_embeddings", None) or max_length
         if max_length > context:
             raise ConfigError(f"max_length={max_length} is over the model's context of {context}; lower it")
+        if num_slots < 1 or num_kept_prompts < 0 or (max_prefill_tokens is not None and max_prefill_tokens < 1):
+            raise ConfigError(f"expected at least one slot, got {num_slots=} {max_prefill_tokens=} {num_kept_prompts=}")
         self.max_length = max_length
-        self._window_of, self._eager = _attention_windows(self._config), self._config._attn_implementation == "eager"
+        num_layers = _checked_num_layers(self._config)
+        self._model = shadow(core.language_model, pack_weights=pack_weights)
         self._embed_tokens = self._model.get_input_embeddings()
-        self._device = next(self._model.parameters()).device
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._cache = SlotCache(num_layers=len(self._window_of), num_slots=num_slots, max_length=max_length)
-        self._prefill([torch.zeros((1, self._config.hidden_size), dtype=self._model.dtype, device=self._device)])
+        parameter = next(core.language_model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._max_prefill_tokens = max_prefill_tokens or _PREFILL_TOKENS.get(
+            self._device.type, _PREFILL_TOKENS_ELSEWHERE
+        )
+        self._content_keys = ContentKeys(self._config.hidden_size, self._device)
+        self._waiting: deque[Request] = deque()
+        cache = SlotCache(num_layers=num_layers, num_rows=num_slots + num_kept_prompts, max_length=max_length)
+        self._rows = Rows(cache, num_slots)
+        self.num_prompt_tokens = 0
+        """Prompt tokens of all requests that began to run."""
+        self.num_cached_tokens = 0
+        """Those among them that were found in the cache."""
+        self._warm_up()
 
     @property
     def num_unfinished(self) -> int:
         """Requests waiting or running."""
-        return len(self._waiting) + len(self._running)
+        return len(self._waiting) + self.num_running
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot."""
-        return len(self._running)
+        return self._rows.num_running
 
     @torch.inference_mode()
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
@@ -107,108 +127,110 @@ class SlotEngine:
         assert prompt.input_ids, "a prompt has at least one token"
         assert params.max_tokens > 0, "a request makes at least one token"
         request_id = request_id or uuid4().hex
-        assert all(one.request_id != request_id for one in self._everyone()), f"{request_id=} is already in use"
+        in_use = any(one.request_id == request_id for one in (*self._rows.running(), *self._waiting))
+        assert not in_use, f"{request_id=} is already in use"
         input_ids = torch.tensor(prompt.input_ids, dtype=torch.int64, device=self._device)
-        visual = [tokens.to(self._device, self._model.dtype) for tokens in prompt.visual_tokens]
+        visual = [tokens.to(self._device, self._dtype) for tokens in prompt.visual_tokens]
         embeds = self._core.embed(input_ids, visual)
-        self._waiting.append(_Request(request_id, len(prompt.input_ids), embeds, params))
+        self._waiting.append(Request(request_id, embeds, self._content_keys(embeds), params))
         return request_id
 
+    @torch.inference_mode()
     def abort(self, request_id: str) -> None:
         """Free the request's place; no further event comes. An unknown or finished id is ignored."""
         self._waiting = deque(one for one in self._waiting if one.request_id != request_id)
-        self._release([one for one in self._running if one.request_id == request_id])
+        for one in self._rows.running():
+            if one.request_id == request_id:
+                self._release(one)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """One token for every running request, and the first for those that find a free slot."""
-        events = self._decode() if self._running else []
-        while (group := self._next_group()) is not None:
-            events += self._admit(group)
-            if sum(one.prompt_length for one in group) >= self._max_prefill_tokens:
-                break
-        return events
-
-    def _everyone(self) -> list[_Request]:
-        return [*self._running, *self._waiting]
-
-    def _next_group(self) -> list[_Request] | None:
-        """The next prompts in line that fit the free slots and are worth one pass; arrival order is kept."""
-        group: list[_Request] = []
-        free = self._num_slots - len(self._running)
-        while self._waiting and len(group) < free:
-            lengths = [one.prompt_length for one in (*group, self._waiting[0])]
-            computed = max(lengths) * len(lengths)
-            if group and (computed > self._max_prefill_tokens or computed - sum(lengths) > _PADDING_SHARE * computed):
-                break
-            group.append(self._waiting.popleft())
-        return group or None
-
-    def _admit(self, group: list[_Request]) -> list[TokenEvent]:
-        embeds = [one.embeds_LD for one in group if one.embeds_LD is not None]
-        logits = self._prefill(embeds)
-        for one in group:
+        """One token for every running request, and the first for those whose prompt is done."""
+        decoding = self._rows.decoding()
+        chunks = self._next_chunks()
+        if not decoding and not chunks:
+            return []
+        logits = self._forward(decoding, chunks)
+        for one in decoding:
+            one.num_cached += 1
+        prefilled = []
+        for one, stop in chunks:
+            one.num_cached = stop
+            if stop == one.prompt_length:
+                prefilled.append(one)
+        for one in prefilled:
             one.embeds_LD = None
-        self._running += group
-        return self._emit(group, logits)
+            self._rows.begin_decoding(one)
+        return self._emit([*decoding, *prefilled], logits)
 
-    @torch.inference_mode()
-    def _prefill(self, embeds_LD: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Prompts into the rows behind the running ones; logits [n, V] of each prompt's last position.
+    def _warm_up(self) -> None:
+        """One pass over one token: allocates the cache, and a model that cannot be served says so now."""
+        embeds = torch.zeros((1, self._config.hidden_size), dtype=self._dtype, device=self._device)
+        request = Request("", embeds, self._content_keys(embeds), SamplingParams(max_tokens=1))
+        self._rows.admit(request)
+        with torch.inference_mode():
+            self._forward([], [(request, 1)])
+        self._rows.release(request)
 
-        Padding stands on the right: no earlier position looks at it, and decoding overwrites it.
-        """
-        lengths = [len(one) for one in embeds_LD]
-        first = len(self._running)
-        self._cache.begin_prefill(slice(first, first + len(lengths)))
-        last_positions = sorted({length - 1 for length in lengths})
-        output = self._model(
-            inputs_embeds=torch.nn.utils.rnn.pad_sequence(list(embeds_LD), batch_first=True),
-            position_ids=torch.arange(max(lengths), device=self._device).expand(len(lengths), -1),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(last_positions, device=self._device),
+    def _next_chunks(self) -> list[tuple[Request, int]]:
+        """(request, where its chunk stops) for half-computed prompts, then for waiting ones, in order of arrival."""
+        budget = self._max_prefill_tokens
+        chunks: list[tuple[Request, int]] = []
+        for one in self._rows.prefilling():
+            if not budget:
+                return chunks
+            chunks.append((one, min(one.prompt_length, one.num_cached + budget)))
+            budget -= chunks[-1][1] - one.num_cached
+        passed: list[Request] = []
+        while budget and self._waiting and len(passed) < self._rows.num_free:
+            one = self._waiting.popleft()
+            if self._rows.is_worth_waiting(one):
+                passed.append(one)
+                continue
+            self._rows.admit(one)
+            self.num_prompt_tokens += one.prompt_length
+            self.num_cached_tokens += one.num_reused
+            chunks.append((one, min(one.prompt_length, one.num_cached + budget)))
+            budget -= chunks[-1][1] - one.num_cached
+        self._waiting.extendleft(reversed(passed))
+        return chunks
+
+    def _forward(self, decoding: Sequence[Request], chunks: Sequence[tuple[Request, int]]) -> torch.Tensor:
+        """Logits [n, V] of the decoding requests, then of those whose prompt ends with its chunk."""
+        positions = [one.num_cached for one in decoding]
+        parts, all_positions, kept = [], list(positions), list(range(len(decoding)))
+        if decoding:
+            last = torch.tensor([one.token_ids[-1] for one in decoding], device=self._device)
+            parts.append(self._embed_tokens(last))
+        for one, stop in chunks:
+            assert one.embeds_LD is not None, "a prompt is kept until it is computed"
+            parts.append(one.embeds_LD[one.num_cached : stop])
+            all_positions += range(one.num_cached, stop)
+            if stop == one.prompt_length:
+                kept.append(len(all_positions) - 1)
+        slot_pass = SlotPass(
+            self._rows.cache, positions, [Chunk(one.row, one.num_cached, stop) for one, stop in chunks], self._device
         )
-        kept = torch.tensor([last_positions.index(length - 1) for length in lengths], device=self._device)
-        logits: torch.Tensor = output.logits[torch.arange(len(lengths), device=self._device), kept]
+        output = self._model(
+            inputs_embeds=torch.cat(parts)[None],
+            position_ids=torch.tensor([all_positions], device=self._device),
+            use_cache=False,
+            # A pass of unfinished prompts has no logits to keep; models want at least one position.
+            logits_to_keep=torch.tensor(kept or [0], device=self._device),
+            slot_pass=slot_pass,
+        )
+        logits: torch.Tensor = output.logits[0, : len(kept)]
         return logits
 
-    def _decode(self) -> list[TokenEvent]:
-        lengths = [one.num_cached for one in self._running]
-        positions = torch.tensor(lengths, device=self._device)
-        last = torch.tensor([one.token_ids[-1] for one in self._running], device=self._device)
-        self._cache.begin_decode(positions, max(lengths))
-        output = self._model(
-            inputs_embeds=self._embed_tokens(last[:, None]),
-            # Rows of one length need no mask: the model builds its own (usually none, the faster kernel).
-            attention_mask=None if min(lengths) == max(lengths) else self._masks(positions, max(lengths) + 1),
-            position_ids=positions[:, None],
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return self._emit(list(self._running), output.logits[:, -1])
-
-    def _masks(self, positions: torch.Tensor, num_columns: int) -> torch.Tensor | dict[str, torch.Tensor]:
-        """[n, 1, 1, num_columns] per kind of layer: a row sees its own columns (or the window's) and no further."""
-        columns = torch.arange(num_columns, device=self._device)[None]
-        masks: dict[str, torch.Tensor] = {}
-        for kind, window in set(self._window_of):
-            seen = columns <= positions[:, None]
-            if window is not None:
-                seen &= columns > positions[:, None] - window
-            masks[kind] = self._as_attention_mask(seen[:, None, None])
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _as_attention_mask(self, seen: torch.Tensor) -> torch.Tensor:
-        if not self._eager:
-            return seen
-        blocked = torch.finfo(self._model.dtype).min
-        return torch.where(seen, 0.0, blocked).to(self._model.dtype)
-
-    def _emit(self, requests: list[_Request], logits_NV: torch.Tensor) -> list[TokenEvent]:
-        tokens = choose_tokens(logits_NV, [one.params for one in requests], [len(one.token_ids) for one in requests])
+    def _emit(self, requests: list[Request], logits_NV: torch.Tensor) -> list[TokenEvent]:
+        if not requests:
+            return []
+        params = [one.params for one in requests]
+        generated = [one.token_ids for one in requests]
+        tokens = choose_tokens(logits_NV, params, [len(one) for one in generated], generated)
+        logprobs = logprobs_of(logits_NV, params, tokens)
         events, finished = [], []
-        for one, token in zip(requests, tokens, strict=True):
+        for place, (one, token) in enumerate(zip(requests, tokens, strict=True)):
             one.token_ids.append(token)
             reason: FinishReason | None = None
             if token in one.params.stop_token_ids:
@@ -217,31 +239,35 @@ class SlotEngine:
                 reason = "length"
             if reason is not None:
                 finished.append(one)
-            events.append(TokenEvent(one.request_id, token, len(one.token_ids) - 1, reason))
-        self._release(finished)
+            logprob, top = logprobs.get(place, (None, ()))
+            index = len(one.token_ids) - 1
+            events.append(TokenEvent(one.request_id, token, index, reason, logprob, top, one.num_reused))
+        # From the last row to the first, so that rows which end together are not moved around one another.
+        for one in sorted(finished, key=lambda one: -one.row):
+            self._release(one)
         return events
 
-    def _release(self, finished: Sequence[_Request]) -> None:
-        """Free rows; the last running row moves into each hole."""
-        for one in finished:
-            row, last = self._running.index(one), self._running.pop()
-            if last is not one:
-                self._cache.move_row(len(self._running), row, last.num_cached)
-                self._running[row] = last
+    def _release(self, request: Request) -> None:
+        """Free the row; what stands in it stays a beginning for further prompts."""
+        num_new = request.num_cached - request.prompt_length
+        if num_new > 0:
+            ids = torch.tensor(request.token_ids[:num_new], device=self._device)
+            request.add_keys(self._content_keys(self._embed_tokens(ids)))
+        self._rows.release(request)
 
 
-def _attention_windows(config: Any) -> list[tuple[str, int | None]]:
-    """(kind, window) of each layer; raises ConfigError for kinds and kernels that a slot cache cannot serve."""
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ConfigError(
-            f"the slots engine needs attention 'sdpa' or 'eager', got {config._attn_implementation!r}; "
-            "set attn_implementation in the model folder's config"
-        )
-    kinds, arguments = get_layer_types_and_kwargs(config)
+def _checked_num_layers(config: Any) -> int:
+    """Layers of the model; raises ConfigError for kinds that a slot cache cannot serve."""
+    kinds, _ = get_layer_types_and_kwargs(config)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ConfigError(
             f"the slots engine serves full and sliding attention, {config.model_type!r} also has {', '.join(unknown)}; "
             "choose another language model"
         )
-    return [(kind, one.get("sliding_window")) for kind, one in zip(kinds, arguments, strict=True)]
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ConfigError(
+            f"the slots engine keeps keys and values of every layer, {config.model_type!r} shares them between layers; "
+            "choose another language model"
+        )
+    return len(kinds)

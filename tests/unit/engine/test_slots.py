@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from valley_ray.engine.attention import SlotPass
+from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import Prompt, SamplingParams
 from valley_ray.engine.slots import SlotEngine
 from valley_ray.errors import ConfigError, PromptTooLongError
@@ -185,21 +187,15 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_a_step_reads_only_the_columns_in_use() -> None:
-    model = tiny()
-    engine = SlotEngine(TextCore(model), num_slots=4, max_length=256)
-    seen: list[tuple[int, int]] = []
-    layer = engine._cache.layers[0]
-    update = layer.update
+    cache = SlotCache(num_layers=1, num_rows=8, max_length=64)
 
-    def spy(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = update(*args)
-        seen.append((keys.shape[0], keys.shape[2]))
-        return keys, values
+    def spans(*positions: int) -> list[tuple[int, int, int]]:
+        found = SlotPass(cache, positions, [], torch.device("cpu")).spans
+        return [(one.rows.start, one.rows.stop, one.longest) for one in found]
 
-    layer.update = spy
-    run(engine, [(Prompt((5, 6, 7)), SamplingParams(max_tokens=4)), (Prompt((5, 6)), SamplingParams(max_tokens=2))])
-    # Prefilled together, one step together; then the second is done and the first goes on alone.
-    assert seen == [(2, 3), (2, 4), (1, 5), (1, 6)]
+    assert spans(30, 31, 30, 28) == [(0, 4, 32)]
+    # A row that is far longer than its neighbours is read alone.
+    assert spans(9, 9, 60, 58, 9) == [(0, 2, 10), (2, 4, 61), (4, 5, 10)]
 
 
 def test_prompts_in_line_do_not_run_in_one_step_beyond_the_prefill_budget() -> None:
