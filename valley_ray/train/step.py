@@ -62,6 +62,7 @@ class Stepper:
         self._seed = seed
         self._trains_tower = isinstance(engine.engine.module, TowerAndCore)
         self._tower_dtype = DTYPES[precision]
+        self._attention = str(model.core.language_model.config._attn_implementation)
         self._flops = flops
         self.num_encoded = 0
         """Clips that the tower has run on so far."""
@@ -85,15 +86,9 @@ class Stepper:
 
     def _backward(self, micro_batch: MicroBatch, num_label_tokens: int, *, is_last: bool) -> torch.Tensor:
         """Gradients of one micro-batch; returns its share of the step's loss."""
-        device = self._device
-        output = self._engine(
-            input_ids=micro_batch.input_ids.to(device),
-            attention_mask=micro_batch.attention_mask.to(device),
-            labels=micro_batch.labels.to(device),
-            loss_reduction="sum",
-            return_logits=False,
-            **self._visual_inputs(micro_batch),
-        )
+        inputs = micro_batch.model_inputs(self._device, attention=self._attention)
+        visual = self._visual_inputs(micro_batch)
+        output = self._engine(**inputs, **visual, loss_reduction="sum", return_logits=False)
         loss: torch.Tensor = output.loss / max(1, num_label_tokens)
         self._engine.backward(loss * self._world, is_last=is_last)
         return loss.detach()
@@ -125,7 +120,7 @@ class Stepper:
     def _count_flops(self, micro_batch: MicroBatch) -> float:
         if self._flops is None:
             return 0.0
-        lengths = [int(length) for length in micro_batch.attention_mask.sum(dim=1)] if micro_batch.sample_ids else []
+        lengths = _sample_lengths(micro_batch)
         pixels = [clip.pixel_values for clip in micro_batch.clips if clip.pixel_values is not None]
         return self._flops.count(
             num_tokens=sum(lengths),
@@ -133,3 +128,12 @@ class Stepper:
             num_squared_tokens=sum(length * length for length in lengths),
             num_frames=sum(map(len, pixels)),
         )
+
+
+def _sample_lengths(micro_batch: MicroBatch) -> list[int]:
+    """Tokens of every sample."""
+    if not micro_batch.sample_ids:
+        return []
+    if micro_batch.segment_ids is None:
+        return [int(length) for length in micro_batch.attention_mask.sum(dim=1)]
+    return [int(count) for row in micro_batch.segment_ids for count in row[row > 0].unique(return_counts=True)[1]]

@@ -5,6 +5,8 @@ comes in as part of a module that runs it on every batch (trainable.py). The opt
 is compiled.
 """
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,9 +70,8 @@ class ZeroEngine:
 
     def trained_parameters(self) -> dict[str, torch.Tensor]:
         """Full values of every trained parameter on the CPU, by its name; float32 ones also in mixed precision."""
-        masters = self._unfused_masters()
         return {
-            name: self._full_value(parameter, masters.get(id(parameter)))
+            name: self._full_value(parameter)
             for group in self.groups
             for name, parameter in zip(group.names, group.parameters, strict=True)
         }
@@ -100,23 +101,14 @@ class ZeroEngine:
         """Take DeepSpeed's hooks off the module."""
         self.engine.destroy()
 
-    def _full_value(self, parameter: nn.Parameter, master: torch.Tensor | None) -> torch.Tensor:
+    def _full_value(self, parameter: nn.Parameter) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if master is None and parameter.dtype != torch.float32:
-            master = safe_get_full_fp32_param(parameter)
-        if master is not None:
-            return master.detach().view(_full_shape(parameter)).to("cpu", copy=True)
+        if parameter.dtype != torch.float32:
+            shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+            return safe_get_full_fp32_param(parameter).detach().view(shape).to("cpu", copy=True)
         with _gathered(parameter, self.zero_stage):
             return parameter.detach().to("cpu", copy=True)
-
-    def _unfused_masters(self) -> dict[int, torch.Tensor]:
-        """float32 weights by the id of their parameter, where ZeRO 0 keeps them beside a model of less precision."""
-        optimizer = self.engine.optimizer
-        if self.zero_stage > 0 or not hasattr(optimizer, "fp32_groups"):
-            return {}
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
 def build_engine(
@@ -128,6 +120,9 @@ def build_engine(
     """
     import deepspeed  # seconds of import that only a training process should pay
 
+    # Pages about buckets and memory, once per worker and stage, would bury the progress lines.
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     # On Linux CPUs DeepSpeed would compile this collective first: a minute, and a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
@@ -146,13 +141,16 @@ def build_engine(
     num_trained = sum(parameter.numel() for group in groups for parameter in group.parameters)
     settings = deepspeed_settings(config, stage, num_trained=num_trained, world=world)
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    return ZeroEngine(engine=engine, groups=groups, zero_stage=config.zero_stage)
+    return ZeroEngine(engine=engine, groups=groups, zero_stage=settings["zero_optimization"]["stage"])
 
 
 def deepspeed_settings(config: TrainConfig, stage: StageConfig, *, num_trained: int, world: int) -> dict[str, Any]:
     """DeepSpeed's own configuration of one stage."""
+    is_mixed = config.precision != "fp32"
     zero: dict[str, Any] = {
-        "stage": config.zero_stage,
+        # DeepSpeed 0.19's own ZeRO 0 rounds sums of gradients to bf16, counts one step of AdamW too many, and does
+        # not scale the loss of fp16.
+        "stage": max(config.zero_stage, int(is_mixed)),
         # ZeRO-2 allocates its buckets whole: the default of 5e8 elements is 2 GB, whatever the model's size.
         "reduce_bucket_size": max(1, min(num_trained, 500_000_000)),
         "allgather_bucket_size": 2 * max(1, min(num_trained, 250_000_000)),
@@ -172,11 +170,11 @@ def deepspeed_settings(config: TrainConfig, stage: StageConfig, *, num_trained: 
     if config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.use_gpu}
         settings["zero_force_ds_cpu_optimizer"] = False
-    if config.precision != "fp32":
+    if is_mixed:
         settings[config.precision] = {"enabled": True}
-        if config.zero_stage >= 2:
-            # Below, a sum of many micro-batches' gradients would be rounded after each of them.
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Gradients are summed in float32 over micro-batches and ranks: each rounding of a sum would stay in it.
+        settings["communication_data_type"] = "fp32"
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 
 
@@ -197,11 +195,6 @@ def _gathered(parameter: nn.Parameter, zero_stage: int) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         yield
-
-
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def _norm(module: nn.Module) -> float:
