@@ -90,7 +90,7 @@ def train_stages(config: QuickstartConfig, root: Path, model: Path) -> TrainResu
         TrainConfig(
             model=root / "backbones",
             output=model,
-            storage=root,
+            storage=str(root),
             run_name="train",
             data=DataConfig(
                 mode="overlap",

@@ -1,34 +1,35 @@
-"""What a run keeps: checkpoints through `ray.train.report`, and the model folder at its end.
+"""Checkpoints of a run through `ray.train.report`: written to a local disk at once, uploaded while training goes on.
 
 A checkpoint holds what the current stage trains with its optimizer state (DeepSpeed's files, each rank its part), what
 earlier stages trained, and where the run stands. Weights that no stage has touched are in the model folder already.
+It counts once Ray Train's controller has committed it: whatever dies later goes on from there.
 """
 
+import hashlib
 import json
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConsistencyMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+from ray.train.v2.api.validation_config import ValidationTaskConfig
 from safetensors.torch import load_file, save_file
 
-from valley_ray.config import validate_config
-from valley_ray.errors import CheckpointError, ConfigError
-from valley_ray.model import ValleyCore, ValleyForConditionalGeneration
-from valley_ray.processor import ValleyProcessor
-from valley_ray.train.zero import ZeroEngine, load_parameters
+from valley_ray.errors import ConfigError
+from valley_ray.train import universal
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.identity import Identity, differences
+from valley_ray.train.run_folder import RunFolder, keep_snapshot
+from valley_ray.train.zero import ZeroEngine
 
 PROGRESS_FILE = "progress.json"
 EARLIER_FILE = "earlier.safetensors"
 ENGINE_TAG = "engine"
-ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Progress:
     """Steps made in all stages."""
     world: int
     """Ranks that wrote the checkpoint."""
-    run_key: str
-    """Names everything that decides which samples a step trains on; a run with another key cannot go on from here."""
+    identity: Identity
+    """Of the run; one with another identity cannot go on from here."""
+    plan_hash: str
+    """Of the stage's batches up to here, `valley_ray.train.feed.StepBatches.plan_hash`."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +57,75 @@ class Restored:
     earlier: dict[str, torch.Tensor]
     """Parameters that finished stages trained."""
     folder: Path
+    is_universal: bool
+    """Whether `folder` is DeepSpeed's universal form, because another number of ranks wrote the checkpoint."""
+
+    def load(self, engine: ZeroEngine) -> None:
+        """Put the stage's parameters and optimizer state into its engine; collective."""
+        engine.load(self.folder, tag=ENGINE_TAG, universal=self.is_universal)
 
 
-def save(
-    engine: ZeroEngine, progress: Progress, earlier: Mapping[str, torch.Tensor], *, rank: int, loss: float
-) -> None:
-    """Checkpoint the run; collective. Returns once the controller has committed it: what dies after this call
-    resumes from here."""
-    with tempfile.TemporaryDirectory(prefix="valley-checkpoint-") as name:
-        folder = Path(name)
+class Checkpoints:
+    """Writes the checkpoints of one worker, one after the other; never are two of them on their way."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, *, rank: int) -> None:
+        self._config = config
+        self._run_folder = folder
+        self._rank = rank
+        self._is_pending = False
+        self._num_saved = 0
+        key = hashlib.sha256(folder.url.encode()).hexdigest()[:16]
+        # Of this name alone, so that what a killed worker has left goes when its successor starts.
+        self._scratch = Path(tempfile.gettempdir()) / f"valley-checkpoint-{key}-{rank}"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def save(self, engine: ZeroEngine, progress: Progress, earlier: Mapping[str, torch.Tensor], *, loss: float) -> None:
+        """Checkpoint the run; collective. Returns once the local disk has it; it is uploaded meanwhile."""
+        self.wait()
+        folder = self._scratch / f"step-{progress.step}"
         engine.save(folder, tag=ENGINE_TAG)
-        if rank == 0:
+        if self._rank == 0:
             save_file(dict(earlier), folder / EARLIER_FILE)
             (folder / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        metrics = {"step": progress.step, "loss": loss}
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-        # report() returns as soon as the files are stored; the controller may not know of them yet.
+        self._num_saved += 1
+        ray.train.report(
+            self._metrics(progress, loss),
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            validation=self._validation(progress.step),
+        )
+        self._is_pending = True
+
+    def wait(self) -> None:
+        """Return once the last checkpoint counts: what dies after this call goes on from it."""
+        if not self._is_pending:
+            return
+        # report() returns before the files are stored, and they are before the controller knows of them.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        self._is_pending = False
+        if self._rank == 0:
+            keep_snapshot(self._run_folder)
+
+    def _metrics(self, progress: Progress, loss: float) -> dict[str, float]:
+        evaluation = self._config.evaluation
+        # So that a checkpoint whose evaluation has not ended, or failed, is not the best.
+        best = {} if evaluation is None else {evaluation.best: float("-inf")}
+        return {"step": progress.step, "loss": loss, **best}
+
+    def _validation(self, step: int) -> ValidationTaskConfig | bool:
+        """The evaluation of every so manieth checkpoint of this attempt."""
+        evaluation = self._config.evaluation
+        if evaluation is None or self._num_saved % evaluation.every_checkpoints:
+            return False
+        return ValidationTaskConfig(fn_kwargs={"step": step}, timeout_s=evaluation.timeout_s)
 
 
 @contextmanager
-def restore(*, world: int, run_key: str) -> Iterator[Restored | None]:
-    """Open the latest checkpoint of this run, or None if there is none.
+def restore(*, world: int, identity: Identity) -> Iterator[Restored | None]:
+    """Open the latest checkpoint of this run for the time of the `with` block, or None if there is none.
 
     Raises:
-        ConfigError: it was written by a run with other data, batches or stages, or by another number of workers.
+        ConfigError: it was written by a run with other data, batches or stages.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -86,71 +133,30 @@ def restore(*, world: int, run_key: str) -> Iterator[Restored | None]:
         return
     with checkpoint.as_directory() as name:
         folder = Path(name)
-        progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
-        if progress.world != world:
+        progress = read_progress(folder)
+        if changed := differences(progress.identity, identity):
             raise ConfigError(
-                f"the checkpoint at step {progress.step} was written by {progress.world} workers, this run has "
-                f"{world}; set num_workers={progress.world} or take a new run_name"
+                f"the run has a checkpoint at step {progress.step} that was made with {', '.join(changed)}; set it "
+                "back to go on, or take a new run_name"
             )
-        if progress.run_key != run_key:
-            raise ConfigError(
-                f"the checkpoint at step {progress.step} belongs to a run with other data, batch sizes, seed or "
-                "stages; take a new run_name"
-            )
-        yield Restored(progress=progress, earlier=load_file(folder / EARLIER_FILE), folder=folder)
+        earlier = load_file(folder / EARLIER_FILE)
+        if progress.world == world or universal.is_any_world(folder, ENGINE_TAG):
+            yield Restored(progress, earlier, folder, is_universal=False)
+            return
+        with universal.on_this_node(folder, tag=ENGINE_TAG) as converted:
+            yield Restored(progress, earlier, converted, is_universal=True)
 
 
-def put_trained(
-    core: ValleyCore, trained: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None, adapt: bool
-) -> None:
-    """Bring `core`, as its folder has it, to where the finished stages left it.
-
-    With `adapt`, or where `trained` holds an adapter, the language model gets one of the settings `lora`, since an
-    adapted layer has other parameter names.
+def read_progress(folder: Path) -> Progress:
+    """Where the run stood that wrote the checkpoint in `folder`.
 
     Raises:
-        ConfigError: `lora` is not what `LoraSettings` takes, or does not fit the model.
+        ConfigError: another version of valley_ray wrote it.
     """
-    known = {name for name, _ in core.named_parameters()}
-    load_parameters(core, {name: value for name, value in trained.items() if name in known})
-    if not adapt and trained.keys() <= known:
-        return
-    from valley_ray.model.lora import LoraSettings, add_lora  # seconds of import that only a run with LoRA pays
-
-    settings = validate_config(LoraSettings, dict(lora or {}), source="lora")
+    values = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
     try:
-        add_lora(core, settings)
-    except CheckpointError as error:
-        raise ConfigError(f"lora: {error}") from error
-    load_parameters(core, {name: value for name, value in trained.items() if name not in known})
-
-
-def export_model(
-    source: Path, output: Path, trained: Mapping[str, torch.Tensor], *, lora: Mapping[str, Any] | None = None
-) -> None:
-    """Write the model of folder `source` with `trained` (parameters of its core) to folder `output`, whole or not
-    at all; a model folder that was there is replaced.
-
-    A trained adapter is merged into the model, and stands alone in `output`/adapter beside it.
-    """
-    model = ValleyForConditionalGeneration.from_pretrained(source)
-    put_trained(model.core, trained, lora=lora, adapt=False)
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if any(".lora_" in name for name in trained):
-            from valley_ray.model.lora import merge_lora, save_adapter
-
-            save_adapter(model.core, temporary / ADAPTER_FOLDER)
-            merge_lora(model.core)
-        model.save_pretrained(temporary)
-        ValleyProcessor.from_pretrained(source).save_pretrained(temporary)
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.old")
-            output.rename(replaced)
-            temporary.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return Progress(**values)
+    except TypeError as error:
+        raise ConfigError(
+            "the run's checkpoint was written by another version of valley_ray; finish it there or take a new run_name"
+        ) from error

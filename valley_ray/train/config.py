@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from valley_ray.config import Config
 from valley_ray.errors import ConfigError
@@ -43,8 +43,10 @@ class TrainConfig(Config):
     """Model folder to start from."""
     output: Path
     """Model folder to write; it appears complete or not at all."""
-    storage: Path = Path("runs/train")
-    """Folder of the run: metrics, curve, checkpoints."""
+    storage: str = Field(default="runs/train", min_length=1)
+    """Where runs are kept, each in a folder of its own with its metrics, curve and checkpoints: a folder that all
+    workers' nodes share, or a URL such as s3://bucket/runs. With a URL, metrics and curve are copied to
+    `<output>-run` too."""
     run_name: str | None = None
     """Name of the run under `storage`; a name used before continues that run. None makes a new one from the time."""
     data: DataConfig
@@ -65,8 +67,8 @@ class TrainConfig(Config):
     most so many, without padding, and do not see each other. A longer sample is left out and listed. None: off."""
     length_grouping: bool = False
     """Put samples of like lengths into the same global batch, out of eight batches each: less padding."""
-    num_workers: int = Field(default=2, ge=1)
-    """Training processes."""
+    num_workers: int | tuple[int, int] = 2
+    """Training processes; [smallest, largest] number of them: as many as Ray has room for, while nodes come and go."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
     """CPUs that a worker reserves. Fractions leave room for the pipeline's tasks: two workers with one CPU each
     starve it on a two-CPU machine."""
@@ -75,7 +77,7 @@ class TrainConfig(Config):
     threads_per_worker: int = Field(default=1, ge=1)
     """torch threads of a worker."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. In bf16 and fp16, 0 is run as 1: the same numbers from a part of the optimizer's memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision that the model computes in; the weights that the optimizer steps, and its state, are float32 always.
     fp16 scales the loss, and leaves a step out whose gradients overflow (they are counted in the metrics)."""
@@ -95,9 +97,16 @@ class TrainConfig(Config):
     checkpoint_every: int | None = Field(default=200, ge=1)
     """Steps between two checkpoints; None makes none (a killed run then starts again)."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints kept."""
+    """How many checkpoints are kept."""
+    keep: Literal["last", "best"] = "last"
+    """last: the newest checkpoints are kept; best: the newest, and those with the lowest loss, or with the largest
+    `evaluation.best` where there is an evaluation."""
+    export_every: int | None = Field(default=None, ge=1)
+    """Steps between two model folders written while training, to `<output>-step-<step>`; None writes `output` alone,
+    at the end. A file named `export` in the folder of the run asks for one at the next step."""
     max_failures: int = Field(default=3, ge=0)
-    """Worker deaths from which the run goes on from its latest checkpoint."""
+    """Deaths of workers, or of the controller, from which the run goes on from its latest checkpoint. Nodes that are
+    taken away with notice do not count."""
     prefetch_steps: int = Field(default=2, ge=1)
     """Steps whose batches are made ready while one is trained."""
     feature_cache_bytes: int = Field(default=0, ge=0)
@@ -107,8 +116,25 @@ class TrainConfig(Config):
     evaluation: EvaluationConfig | None = None
     """Held-out split that checkpoints are measured on beside the training, without stopping it; None: none."""
 
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _path_or_url(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest training processes that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most training processes that the run uses."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"num_workers is a number from 1 on, or [smallest, largest]; got {self.num_workers}")
         if self.evaluation is not None and (self.evaluation.model, self.evaluation.output) != (None, None):
             raise ValueError("evaluation.model and evaluation.output are the training's own; leave them out")
         if self.global_batch_size % self.micro_batch_size:
@@ -123,9 +149,6 @@ class TrainConfig(Config):
             raise ValueError("lora is set but no stage trains it; add the part lora or the preset valley-stage2-lora")
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3: ZeRO 0 keeps everything on its device")
-        if self.precision == "fp16" and self.zero_stage == 0:
-            # DeepSpeed 0.19 unscales gradients there whose loss it never scaled.
-            raise ValueError("precision fp16 needs zero_stage 1, 2 or 3; ZeRO 0 does not scale the loss")
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision fp16 needs use_gpu=true; take bf16 or fp32 on CPUs")
         return self
@@ -151,7 +174,7 @@ class TrainConfig(Config):
             update={
                 "model": _input(root, self.model),
                 "output": _output(root, self.output),
-                "storage": _output(root, self.storage),
+                "storage": self.storage if "://" in self.storage else str(_output(root, self.storage)),
                 "data": data,
                 "evaluation": self.evaluation and self.evaluation.under(root),
             }

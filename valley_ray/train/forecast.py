@@ -92,7 +92,7 @@ def meta_model(
             raise CheckpointError(
                 f"{config.model / 'config.json'} describes no model that can be built ({reason})"
             ) from error
-        put_trained(model.core, {}, lora=config.lora, adapt="lora" in stage.parts)
+        put_trained(model, {}, lora=config.lora, adapt="lora" in stage.parts)
     return model
 
 

@@ -4,9 +4,9 @@ A stage opens the model folder, puts in what earlier stages trained, wraps its c
 through the plan. The tower stays outside the engine; its features are computed here, without gradients.
 """
 
-import hashlib
 import json
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,18 @@ from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.frozen_tower import tower_key
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.checkpoint import ENGINE_TAG, Progress, Restored, export_model, put_trained, restore, save
+from valley_ray.train.checkpoint import Checkpoints, Progress, restore
 from valley_ray.train.config import TrainConfig
+from valley_ray.train.export import export_model, put_trained
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
 from valley_ray.train.flops import count_flops
-from valley_ray.train.metrics import Meter, MetricsLog, StepMetrics, peak_rss_bytes
+from valley_ray.train.identity import run_identity
+from valley_ray.train.metrics import METRICS_FILE, Meter, MetricsLog, StepMetrics, peak_rss_bytes
+from valley_ray.train.order import check_weights
 from valley_ray.train.plan import StagePlan
+from valley_ray.train.requests import PreemptedError, Request, Requests
+from valley_ray.train.run_folder import RunFolder
+from valley_ray.train.sample_index import LEFT_OUT_FILE
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.step import Stepper
@@ -43,8 +49,8 @@ class WorkerTask:
 
     config: TrainConfig
     windows_dir: Path
-    run_dir: Path
-    """Folder of metrics and curve."""
+    folder: RunFolder
+    """Of metrics, curve and checkpoints."""
 
 
 def run_worker(task: WorkerTask) -> dict[str, Any]:
@@ -77,6 +83,8 @@ class _Stage:
     model: ValleyForConditionalGeneration
     engine: ZeroEngine
     stepper: Stepper
+    began_s: float
+    """Clock (`time.perf_counter`) at which it was opened."""
 
 
 class _Worker:
@@ -87,41 +95,57 @@ class _Worker:
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._device = ray.train.torch.get_device()
         self._processor = ValleyProcessor.from_pretrained(task.config.model)
-        self._index = SampleIndex(task.windows_dir)
+        self._index = SampleIndex(task.windows_dir, pack_tokens=task.config.pack_tokens)
         info = self._index.info(timeout_s=task.config.timeout_s)
-        self._num_rows = info.num_samples
-        self._run_key = _run_key(task.config, info.fingerprint)
+        check_weights(task.config.data.weights, info.sources)
+        self._num_rows = info.sources or info.num_samples
+        self._identity = run_identity(task.config, info.fingerprint)
+        self._checkpoints = Checkpoints(task.config, task.folder, rank=self._rank)
+        self._requests = Requests(task.folder, rank=self._rank, device=self._device)
         self._cache = FeatureCache(task.config.feature_cache_bytes)
         self._num_encoded = 0
         self._meter = Meter()
         self._log: MetricsLog | None = None
         self._trained: dict[str, torch.Tensor] = {}
         self._step = 0
+        self._plan_hash: str | None = None
         self._loss = float("nan")
         self._seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        with restore(world=self._world, run_key=self._run_key) as restored:
+        with restore(world=self._world, identity=self._identity) as restored:
+            number, stage_step = (restored.progress.stage, restored.progress.stage_step) if restored else (0, 0)
             if restored is not None:
-                self._trained.update(restored.earlier)
-                self._step = restored.progress.step
-            if self._rank == 0:
-                self._log = MetricsLog(self._task.run_dir, last_step=self._step)
-            first = restored.progress.stage if restored is not None else 0
-            for number in range(first, len(self._config.stages)):
-                self._run_stage(number, restored if number == first else None)
+                self._go_on(restored.progress, restored.earlier)
+            stage = self._open_stage(number)
+            if restored is not None:
+                restored.load(stage.engine)
+        if self._rank == 0:
+            self._task.folder.pull(METRICS_FILE)
+            self._log = MetricsLog(self._task.folder.local, last_step=self._step)
+        self._run_stage(stage, stage_step)
+        for later in range(number + 1, len(self._config.stages)):
+            self._plan_hash = None
+            self._run_stage(self._open_stage(later), 0)
+        self._checkpoints.wait()
         if self._log is not None:
+            self._index.write_left_out(self._task.folder.local / LEFT_OUT_FILE)
             export_model(self._config.model, self._config.output, self._trained, lora=self._config.lora)
             self._log.plot()
+            self._task.folder.push()
         return {"num_steps": self._step, "loss": self._loss, "seconds": self._seconds}
 
-    def _run_stage(self, number: int, restored: Restored | None) -> None:
-        began = time.perf_counter()
-        stage = self._open_stage(number)
-        stage_step = 0
-        if restored is not None:
-            stage.engine.load(restored.folder, tag=ENGINE_TAG)
-            stage_step = restored.progress.stage_step
+    def _go_on(self, progress: Progress, earlier: dict[str, torch.Tensor]) -> None:
+        self._trained.update(earlier)
+        self._step, self._plan_hash = progress.step, progress.plan_hash
+        if self._rank == 0:
+            name = self._config.stages[progress.stage].name
+            sys.stdout.write(
+                f"going on after step {progress.step} ({name} step {progress.stage_step}) with {self._world} workers"
+                + (f", it was checkpointed by {progress.world}\n" if progress.world != self._world else "\n")
+            )
+
+    def _run_stage(self, stage: _Stage, stage_step: int) -> None:
         self._meter.start_stage()
         every = self._config.checkpoint_every
         with Feeder(
@@ -130,27 +154,40 @@ class _Worker:
             for batches in feeder:
                 self._train(stage, batches, feeder)
                 stage_step = batches.index + 1
-                if every is not None and self._step % every == 0:
-                    self._checkpoint(stage, stage_step)
-        if every is not None and number < len(self._config.stages) - 1 and self._step % every:
+                self._after_step(stage, stage_step)
+        if every is not None and stage.number < len(self._config.stages) - 1 and self._step % every:
             self._checkpoint(stage, stage_step)
         self._trained.update(stage.engine.trained_parameters())
         stage.engine.close()
         self._num_encoded += stage.stepper.num_encoded
-        self._seconds[stage.config.name] = time.perf_counter() - began
+        self._seconds[stage.config.name] = time.perf_counter() - stage.began_s
+
+    def _after_step(self, stage: _Stage, stage_step: int) -> None:
+        """Checkpoint and export, where it is time for it or asked for."""
+        config, requests = self._config, self._requests.poll()
+        is_due = config.checkpoint_every is not None and self._step % config.checkpoint_every == 0
+        if is_due or Request.LEAVE in requests:
+            self._checkpoint(stage, stage_step)
+        if Request.LEAVE in requests:
+            self._checkpoints.wait()
+            raise PreemptedError(f"a node is about to be taken away; the checkpoint of step {self._step} is committed")
+        if Request.EXPORT in requests or (config.export_every is not None and self._step % config.export_every == 0):
+            self._export(stage)
+
+    def _export(self, stage: _Stage) -> None:
+        """A model folder of this step beside `output`."""
+        trained = {**self._trained, **stage.engine.trained_parameters()}
+        if self._rank == 0:
+            output = self._config.output.with_name(f"{self._config.output.name}-step-{self._step}")
+            export_model(self._config.model, output, trained, lora=self._config.lora)
+            sys.stdout.write(f"model folder of step {self._step}: {output}\n")
 
     def _open_stage(self, number: int) -> _Stage:
+        began_s = time.perf_counter()
         config, stage = self._config, self._config.stages[number]
-        plan = StagePlan(
-            stage=number,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            epochs=stage.epochs,
-            max_steps=stage.max_steps,
-        )
+        plan = StagePlan.of_stage(config, number)
         model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
-        put_trained(model.core, self._trained, lora=config.lora, adapt="lora" in stage.parts)
+        put_trained(model, self._trained, lora=config.lora, adapt="lora" in stage.parts)
         model.to(self._device)
         groups = prepare_stage(model.core, stage, tower=model.vision_tower)
         flops = count_flops(model, trains_tower="tower" in stage.parts)
@@ -166,7 +203,7 @@ class _Worker:
             precision=config.precision,
             flops=flops,
         )
-        return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine, stepper)
+        return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine, stepper, began_s)
 
     def _train(self, stage: _Stage, batches: StepBatches, feeder: Feeder) -> None:
         scale = learning_rate_scale(batches.index, stage.planned_steps, stage.config)
@@ -175,6 +212,7 @@ class _Worker:
         if not result.is_finite:
             self._stop_nonfinite(stage, batches)
         self._step += 1
+        self._plan_hash = batches.plan_hash
         self._meter.add(samples=batches.num_samples, tokens=batches.num_tokens)
         if self._log is not None and (self._step % self._config.log_every == 0 or batches.index == 0):
             self._log.write(self._metrics(stage, batches, scale, result.grad_norm, feeder.wait_s))
@@ -197,20 +235,29 @@ class _Worker:
         )
 
     def _checkpoint(self, stage: _Stage, stage_step: int) -> None:
+        assert self._plan_hash is not None, "a step was made"
         progress = Progress(
-            stage=stage.number, stage_step=stage_step, step=self._step, world=self._world, run_key=self._run_key
+            stage=stage.number,
+            stage_step=stage_step,
+            step=self._step,
+            world=self._world,
+            identity=self._identity,
+            plan_hash=self._plan_hash,
         )
-        save(stage.engine, progress, self._trained, rank=self._rank, loss=self._loss)
+        self._checkpoints.save(stage.engine, progress, self._trained, loss=self._loss)
+        if self._log is not None:
+            self._task.folder.push()
 
     def _stop_nonfinite(self, stage: _Stage, batches: StepBatches) -> None:
         """Leave the sample ids of the step and end the run, on every rank alike."""
-        path = self._task.run_dir / f"nonfinite-rank{self._rank}.json"
+        path = self._task.folder.local / f"nonfinite-rank{self._rank}.json"
         ids = [name for micro_batch in batches.micro_batches for name in micro_batch.sample_ids]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": self._step, "sample_ids": ids}), encoding="utf-8")
+        self._task.folder.push()
         raise RunEndedError(
             f"the loss is {self._loss} at step {batches.index + 1} of {stage.config.name}; its samples are in "
-            f"{path.parent}/nonfinite-rank*.json; lower learning_rate or remove them"
+            f"{self._task.folder.url}/nonfinite-rank*.json; lower learning_rate or remove them"
         )
 
     def _stored_features(self, model: ValleyForConditionalGeneration) -> FeatureStore | None:
@@ -236,12 +283,5 @@ class _Worker:
             prefetch_steps=self._config.prefetch_steps,
             timeout_s=self._config.timeout_s,
             stored=self._stored_features(model),
+            plan_hash=self._plan_hash,
         )
-
-
-def _run_key(config: TrainConfig, store_fingerprint: str) -> str:
-    decides = config.model_dump(mode="json", include={"seed", "global_batch_size", "stages", "zero_stage", "precision"})
-    if config.lora is not None:
-        decides["lora"] = config.lora
-    text = json.dumps({**decides, "store": store_fingerprint}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 
+LEFT_OUT_FILE = "left_out.jsonl"
+"""Beside a run's metrics: samples that were not trained on, and why."""
+
 ClipKey = tuple[str, int]
 """Shard and row of a clip."""
 

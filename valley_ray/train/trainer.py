@@ -5,26 +5,26 @@ Ray cluster (the caller does).
 """
 
 import logging
-import math
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import ray
-import ray.train
 from numpy.typing import NDArray
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from valley_ray.data.shards import WindowManifest, WindowStore
 from valley_ray.errors import ConfigError, TrainingError, ValleyError
 from valley_ray.train.check import check_batch, check_run, pipeline_config
 from valley_ray.train.config import TrainConfig
+from valley_ray.train.fit import fit
 from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
 from valley_ray.train.plan import epoch_order
+from valley_ray.train.run_folder import RunFolder, run_folder
+from valley_ray.train.sample_index import LEFT_OUT_FILE
 
 if TYPE_CHECKING:
     from valley_ray.data.pipeline import PipelineSummary
@@ -39,10 +39,15 @@ class TrainResult:
     """What a finished run leaves."""
 
     model_folder: Path
+    run_folder: str
+    """Path or URL of the folder with metrics, curve and checkpoints."""
     metrics_path: Path
     """JSONL of `valley_ray.train.metrics.StepMetrics`."""
     curve_path: Path
     """PNG of the loss."""
+    left_out_path: Path | None
+    """JSON lines, one for every sample that was not trained on (a corrupt clip, too long a text), and why; None where
+    all were."""
     num_steps: int
     loss: float
     """Of the last step."""
@@ -50,6 +55,19 @@ class TrainResult:
     """Per stage, by its name, engine building included."""
     data: "PipelineSummary | None"
     """What the pipeline made beside the training; None in mode shards, or if the training needed no more of it."""
+
+    def text(self) -> str:
+        """Where everything is."""
+        lines = [
+            f"model folder  {self.model_folder}",
+            f"run folder    {self.run_folder}",
+            f"metrics       {self.metrics_path}",
+            f"loss curve    {self.curve_path}",
+        ]
+        if self.left_out_path is not None:
+            with self.left_out_path.open(encoding="utf-8") as file:
+                lines.append(f"left out      {self.left_out_path} ({sum(1 for _ in file):,} samples)")
+        return "\n".join(lines)
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -59,25 +77,28 @@ def train(config: TrainConfig) -> TrainResult:
         ConfigError: the configuration cannot work; said before any worker starts.
         TrainingError: Ray is not connected, the data pipeline failed, the loss is not finite, or workers died more
             often than `max_failures`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message says how to go on.
     """
     if not ray.is_initialized():
         raise TrainingError("training needs a connected Ray; call ray.init(address=...) first")
     check_config(config)
     name = config.run_name or time.strftime("train-%Y%m%d-%H%M%S")
-    storage = config.storage.absolute()
-    run_dir = storage / name
+    folder = run_folder(config.storage, name)
     pipeline = None
     if config.data.mode == "overlap":
         with _Pipeline(config) as pipeline:
             check_batch(config, pipeline.num_samples, what="records")
-            summary = _fit(config, storage, name, pipeline.windows_dir)
+            summary = fit(config, folder, pipeline.windows_dir)
     else:
         assert config.data.windows_dir is not None, "mode shards has a windows_dir"
-        summary = _fit(config, storage, name, config.data.windows_dir)
+        summary = fit(config, folder, config.data.windows_dir)
+    files = _files_to_look_at(config, folder)
     return TrainResult(
         model_folder=config.output.absolute(),
-        metrics_path=run_dir / METRICS_FILE,
-        curve_path=run_dir / CURVE_FILE,
+        run_folder=folder.url,
+        metrics_path=files / METRICS_FILE,
+        curve_path=files / CURVE_FILE,
+        left_out_path=files / LEFT_OUT_FILE if (files / LEFT_OUT_FILE).exists() else None,
         num_steps=summary["num_steps"],
         loss=summary["loss"],
         seconds=summary["seconds"],
@@ -85,8 +106,18 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
+def _files_to_look_at(config: TrainConfig, folder: RunFolder) -> Path:
+    """Local folder of metrics and curve: that of the run, or copies beside the model folder."""
+    if folder.is_local:
+        return folder.local
+    here = replace(folder, local=config.output.absolute().with_name(f"{config.output.name}-run"))
+    here.pull(METRICS_FILE, CURVE_FILE, LEFT_OUT_FILE)
+    return here.local
+
+
 def check_config(config: TrainConfig) -> None:
     """Raise ConfigError, with the fix, for what cannot work on this machine's files and Ray's resources."""
+    run_folder(config.storage, "any")
     for warning in check_run(config):
         logger.warning("%s", warning)
     _check_resources(config)
@@ -162,55 +193,10 @@ class _StoppedError(Exception):
 
 def _check_resources(config: TrainConfig) -> None:
     have = ray.cluster_resources()
-    wanted = {"CPU": config.num_workers * config.cpus_per_worker, "GPU": float(config.num_workers * config.use_gpu)}
+    wanted = {"CPU": config.min_workers * config.cpus_per_worker, "GPU": float(config.min_workers * config.use_gpu)}
     for kind, amount in wanted.items():
         if amount > have.get(kind, 0.0):
             raise ConfigError(
-                f"num_workers={config.num_workers} need {amount:g} {kind}, Ray has {have.get(kind, 0.0):g}; lower "
+                f"num_workers={config.min_workers} need {amount:g} {kind}, Ray has {have.get(kind, 0.0):g}; lower "
                 f"num_workers or {'cpus_per_worker' if kind == 'CPU' else 'set use_gpu=false'}"
             )
-
-
-def _fit(config: TrainConfig, storage: Path, name: str, windows_dir: Path) -> dict[str, Any]:
-    absolute = config.model_copy(update={"model": config.model.absolute(), "output": config.output.absolute()})
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config={"config": absolute, "windows_dir": windows_dir.absolute(), "run_dir": storage / name},
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(config.timeout_s)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _reason(error) from error
-    summary: dict[str, Any] = result.return_value
-    if "error" in summary:
-        raise summary["error"]
-    return summary
-
-
-def _train_loop(values: dict[str, Any]) -> dict[str, Any]:
-    """Runs in each worker; only there are torch's models and DeepSpeed imported."""
-    from valley_ray.train.loop import WorkerTask, run_worker
-
-    return run_worker(WorkerTask(**values))
-
-
-def _reason(error: Exception) -> ValleyError:
-    """The user's mistake among the workers' failures, else the first of them."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    causes = [getattr(failure, "cause", None) or failure for failure in failures]
-    known = next((cause for cause in causes if isinstance(cause, ValleyError)), None)
-    if known is not None:
-        return known
-    lines = str(causes[0]).strip().splitlines()
-    return TrainingError(f"training workers failed: {type(causes[0]).__name__}: {lines[-1] if lines else 'no message'}")

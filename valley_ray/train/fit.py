@@ -1,0 +1,156 @@
+"""TrainConfig → one `TorchTrainer.fit`: what it is given, and what becomes of its end, in a person's words."""
+
+import contextlib
+import json
+import logging
+import math
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from valley_ray.errors import TrainingError, ValleyError
+from valley_ray.train.config import TrainConfig
+from valley_ray.train.run_folder import SNAPSHOT_FILE, RunFolder, remove_uncommitted
+from valley_ray.train.validation import validation_config
+
+logger = logging.getLogger(__name__)
+
+
+def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, Any]:
+    """Train on the connected Ray until the model folder is written; returns rank 0's summary.
+
+    Worker deaths are Ray Train's to handle; where its controller dies, the run is begun again, and both go on from
+    the latest checkpoint.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have ended, the message says how to go on.
+        ValleyError: the user's mistake among the workers' errors.
+        TrainingError: workers or the controller died more often than `max_failures`.
+    """
+    remove_uncommitted(folder)
+    for failures in range(config.max_failures + 1):
+        trainer = _trainer(config, folder, windows_dir)
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _reason(error) from error
+        except RayActorError as error:
+            if trainer.stopped_by is not None:
+                raise KeyboardInterrupt(how_to_go_on(folder, trainer.stopped_by)) from error
+            logger.warning("the controller of %s died, %d times before; it is begun again", folder.name, failures)
+            continue
+        finally:
+            trainer.restore_signals()
+        summary: dict[str, Any] = result.return_value
+        if "error" in summary:
+            raise summary["error"]
+        return summary
+    raise TrainingError(
+        f"the controller of the run died more than max_failures={config.max_failures} times; "
+        f"{how_to_go_on(folder, 'the run')}"
+    )
+
+
+def how_to_go_on(folder: RunFolder, ended_by: str) -> str:
+    """What a person does after an end that was not planned."""
+    step = committed_step(folder)
+    if step is None:
+        return f"ended by {ended_by} before its first checkpoint; start it again"
+    return f"ended by {ended_by}; run_name={folder.name} goes on from the checkpoint of step {step} in {folder.url}"
+
+
+def committed_step(folder: RunFolder) -> int | None:
+    """Steps behind the newest checkpoint that counts; None where there is none."""
+    if not folder.has(SNAPSHOT_FILE):
+        return None
+    with folder.filesystem.open_input_stream(f"{folder.path}/{SNAPSHOT_FILE}") as stream:
+        listed = stream.read()
+    try:
+        latest = json.loads(listed).get("latest_checkpoint_result")
+    except json.JSONDecodeError:
+        return None
+    return None if latest is None else int(latest["metrics"]["step"])
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, which also ends in order at SIGTERM, says which signal ended it and gives signals back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stopped_by: str | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            is_first = self.stopped_by is None
+            self.stopped_by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            if not is_first:
+                raise KeyboardInterrupt
+            # It ends itself, and so do its workers.
+            with contextlib.suppress(RayActorError):
+                ray.get(controller.abort.remote())
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, stop)
+
+    def restore_signals(self) -> None:
+        """Give signals back to whom they belonged before `fit`."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+def _trainer(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> _Trainer:
+    absolute = config.model_copy(update={"model": config.model.absolute(), "output": config.output.absolute()})
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {})
+    return _Trainer(
+        _train_loop,
+        train_loop_config={"config": absolute, "windows_dir": windows_dir.absolute(), "folder": folder},
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(config.timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=folder.storage,
+            storage_filesystem=folder.filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=_checkpoint_config(config),
+        ),
+        validation_config=validation_config(config, folder),
+    )
+
+
+def _checkpoint_config(config: TrainConfig) -> ray.train.CheckpointConfig:
+    if config.keep == "last":
+        return ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints)
+    by_loss = config.evaluation is None
+    return ray.train.CheckpointConfig(
+        num_to_keep=config.keep_checkpoints,
+        checkpoint_score_attribute="loss" if config.evaluation is None else config.evaluation.best,
+        checkpoint_score_order="min" if by_loss else "max",
+    )
+
+
+def _train_loop(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each worker; only there are torch's models and DeepSpeed imported."""
+    from valley_ray.train.loop import WorkerTask, run_worker
+
+    return run_worker(WorkerTask(**values))
+
+
+def _reason(error: Exception) -> ValleyError:
+    """The user's mistake among the workers' failures, else the first of them."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    causes = [getattr(failure, "cause", None) or failure for failure in failures]
+    known = next((cause for cause in causes if isinstance(cause, ValleyError)), None)
+    if known is not None:
+        return known
+    lines = str(causes[0]).strip().splitlines()
+    return TrainingError(f"training workers failed: {type(causes[0]).__name__}: {lines[-1] if lines else 'no message'}")

@@ -1,0 +1,66 @@
+"""What a running training is asked for from outside, agreed on by all its workers at the end of a step."""
+
+import enum
+import time
+
+import ray.train
+import torch
+import torch.distributed
+
+from valley_ray.errors import TrainingError
+from valley_ray.train.run_folder import RunFolder
+
+EXPORT_FILE = "export"
+"""A file of this name in the folder of the run asks for a model folder."""
+
+_POLL_S = 1.0
+_REMOTE_POLL_S = 15.0
+_PREEMPTION_POLL_S = 5.0
+"""Ray Train itself looks for nodes that drain as often."""
+
+
+class Request(enum.IntFlag):
+    """What is to be done after a step."""
+
+    NONE = 0
+    EXPORT = 1
+    """Write a model folder."""
+    LEAVE = 2
+    """A node is about to be taken away: checkpoint, and end this attempt."""
+    _LOOK = 4
+
+
+class PreemptedError(TrainingError):
+    """Ends an attempt whose checkpoint is committed; Ray Train starts the next one on the nodes that stay."""
+
+
+class Requests:
+    """Rank 0 looks, at most once a second; the others follow."""
+
+    def __init__(self, folder: RunFolder, *, rank: int, device: torch.device) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._device = device
+        self._next_look_s = 0.0
+        self._next_preemption_s = 0.0
+
+    def poll(self) -> Request:
+        """The requests since the last call; collective, the same on every rank."""
+        flags = torch.tensor(int(self._look()) if self._rank == 0 else 0, device=self._device)
+        torch.distributed.broadcast(flags, src=0)
+        found = Request(int(flags))
+        if Request._LOOK in found and ray.train.get_preemption_info() is not None:
+            found |= Request.LEAVE
+        return found & ~Request._LOOK
+
+    def _look(self) -> Request:
+        now, found = time.monotonic(), Request.NONE
+        if now >= self._next_look_s:
+            self._next_look_s = now + (_POLL_S if self._folder.is_local else _REMOTE_POLL_S)
+            if self._folder.has(EXPORT_FILE):
+                self._folder.remove(EXPORT_FILE)
+                found |= Request.EXPORT
+        if now >= self._next_preemption_s:
+            self._next_preemption_s = now + _PREEMPTION_POLL_S
+            found |= Request._LOOK
+        return found
