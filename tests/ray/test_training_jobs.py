@@ -130,7 +130,7 @@ def test_a_submitted_job_trains_on_two_nodes(two_nodes: Nodes, tmp_path: Path, t
     command = [str(BIN / "ray"), "job", "submit", f"--address={two_nodes.dashboard}", "--working-dir=."]
     command += [f"--runtime-env-json={json.dumps(runtime)}", "--", "python", "jobs/finetune.py", *SMALL]
     command += ["stages.1.max_steps=3", "cpus_per_worker=0.75", "data.pipeline.decode_cpus=0.25", "run_name=two"]
-    done = subprocess.run(command, cwd=ROOT, env=two_nodes.environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=two_nodes.environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert f"storage: {storage}" in done.stdout
     lines = read_metrics(storage / "runs" / "finetune" / "two" / "metrics.jsonl")

@@ -147,11 +147,12 @@ class _Pipeline:
         """Returns once the store is laid out, so that what cannot be read at all is said before any worker starts."""
         self._thread.start()
         store = WindowStore(self.windows_dir)
-        while (info := store.info()) is None and self._thread.is_alive():
+        while self._thread.is_alive() and store.info() is None:
             self._thread.join(POLL_S)
         self._raise()
-        if info is not None:
-            self.num_samples = info.num_samples
+        info = store.info()
+        assert info is not None, "a pipeline that ends well has laid out its store"
+        self.num_samples = info.num_samples
         return self
 
     def __exit__(
@@ -171,9 +172,9 @@ class _Pipeline:
         raise TrainingError(f"the data pipeline failed: {type(self._error).__name__}: {self._error}") from self._error
 
     def _run(self) -> None:
-        from valley_ray.data.pipeline import run_pipeline
-
         try:
+            from valley_ray.data.pipeline import run_pipeline
+
             self.summary = run_pipeline(self._settings, order=self._order, on_window=self._on_window)
         except BaseException as error:
             # Kept for the main thread, which raises it; run_pipeline has told the trainers through its store.
