@@ -69,7 +69,6 @@ def convert_upstream(values: Mapping[str, Any], *, source: Path, num_workers: in
             "must be a Valley folder; from a plain language model: valley-ray compose "
             f"--tower {keys.values.get('vision_tower') or 'TOWER'} --language-model {ours['model']} --output FOLDER",
         )
-    ours = {name: value for name, value in ours.items() if name in TrainConfig.model_fields}
     validate_config(TrainConfig, ours, source=f"what {source} becomes")
     ignored = [(key, IGNORED_KEYS[key]) for key in values if key in IGNORED_KEYS]
     return Conversion(ours, tuple(keys.changed), (*ignored, *keys.ignored))
@@ -173,9 +172,8 @@ def _engine(keys: Keys) -> dict[str, Any]:
         "gradient_checkpointing": keys.flag("gradient_checkpointing"),
     }
     if not keys.has("deepspeed"):
-        stage = 1 if values["precision"] == "fp16" else 0  # without DeepSpeed's optimizer nothing scales the loss
-        keys.change("deepspeed", f"missing: zero_stage={stage}, data parallelism as torchrun's")
-        return {"zero_stage": stage} | values
+        keys.change("deepspeed", "missing: zero_stage=0, plain data parallelism as torchrun's")
+        return {"zero_stage": 0} | values
     zero = _deepspeed(keys)
     if isinstance(zero.get("offload_optimizer"), Mapping) and zero["offload_optimizer"].get("device") == "cpu":
         values["offload"] = True
