@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from clips import write_clip
 
+from valley_ray.data.schema import PENDING
 from valley_ray.evaluate.config import EvaluationConfig
+from valley_ray.evaluate.questions import QUESTIONS_SCHEMA
 
 NUM_CLIPS = 3
 QUESTIONS = ("What is moving?", "How many shapes do you see?", "Which colour?")
@@ -34,6 +37,12 @@ def record(name: str, video: str, question: str) -> dict[str, Any]:
     """One record with one turn."""
     turns = [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": "A red circle moves left."}]
     return {"id": name, "video": video, "conversations": turns, "kind": question.partition(" ")[0]}
+
+
+def unanswered(table: pa.Table) -> pa.Table:
+    """The questions of a table of answers, as they were before; those that could not be asked are left out."""
+    rows = [row | {"status": PENDING} for row in table.to_pylist() if row["messages"]]
+    return pa.Table.from_pylist(rows, schema=QUESTIONS_SCHEMA)
 
 
 def settings(records: Path, **changes: Any) -> EvaluationConfig:

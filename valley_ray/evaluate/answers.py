@@ -107,13 +107,14 @@ def answer(
     start = time.perf_counter()
     settings, model, output = settings.under(Path.cwd()), model.absolute(), output.absolute()
     shards_dir = settings.shards_dir or output / SHARDS_DIR
-    processor = _processor(model)
+    if not (model / "config.json").is_file():
+        raise CheckpointError(f"model={str(model)!r} is no model folder (no config.json in it); check the path")
     with exclusive(output, setting="output"), exclusive(shards_dir, setting="shards_dir"):
         summary = write_catalog(settings.sources, output / CATALOG_DIR)
         clips, samples = read_catalog(output / CATALOG_DIR)
         kinds = read_kinds(settings.sources, summary)
         questions = read_questions(clips, samples, settings, summary=summary, kinds=kinds)
-        work = _Work(settings, model, shards_dir, output, clips, processor)
+        work = Work(settings, model, shards_dir, output, clips)
         keys, blocks = work.plan(questions)
         num_asked = sum(block.num_rows for block in blocks)
         with contextlib.ExitStack() as stack:
@@ -125,26 +126,29 @@ def answer(
     return AnswerSet(table, clips, shards_dir, num_asked, time.perf_counter() - start)
 
 
-class _Work:
-    """What is known before the first clip is decoded; makes the stages."""
+class Work:
+    """What is known before the first clip is decoded; the two folders must be this process's own to write.
 
-    def __init__(
-        self,
-        settings: AnswerSettings,
-        model: Path,
-        shards_dir: Path,
-        output: Path,
-        clips: pa.Table,
-        processor: "ValleyProcessor",
-    ) -> None:
+    Attributes:
+        directory: where the ledger lies.
+        look: decodes the clips of a block.
+        answer_arguments: those of AnswerStage.
+    """
+
+    def __init__(self, settings: AnswerSettings, model: Path, shards_dir: Path, output: Path, clips: pa.Table) -> None:
+        from valley_ray.processor import ValleyProcessor
+
+        processor = ValleyProcessor.from_pretrained(model)
         sampling = settings.sampling if settings.sampling is not None else processor.sampling
-        self._settings, self._model, self._shards_dir, self._clips = settings, model, shards_dir, clips
-        self._decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling)
+        self._settings, self._clips = settings, clips
+        decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling)
         remove_leftovers(shards_dir)
-        self._known = known_outcomes(shards_dir, clips, self._decode.fingerprint)
-        self.directory = output / ANSWERS_DIR / _run_key(settings, model, processor, self._decode.fingerprint)
+        self._known = known_outcomes(shards_dir, clips, decode.fingerprint)
+        self.directory = output / ANSWERS_DIR / _run_key(settings, model, processor, decode.fingerprint)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_journals(self.directory)
+        self.look = LookStage(decode)
+        self.answer_arguments = (model, shards_dir, self.directory, settings)
 
     def plan(self, questions: pa.Table) -> tuple[list[str], list[pa.Table]]:
         """The keys of all questions, and those that are still to be answered as blocks of TASK_SCHEMA.
@@ -167,21 +171,16 @@ class _Work:
 
     def here(self, blocks: Iterable[pa.Table]) -> Iterator[Statuses]:
         """Answer in this process."""
-        stages: tuple[LookStage, AnswerStage] | None = None
+        stage: AnswerStage | None = None
         for block in blocks:
-            stages = stages or (LookStage(self._decode), AnswerStage(*self._answer_arguments))
-            look, answer_block = stages
-            yield answer_block(look(block)).to_pylist()
+            stage = stage or AnswerStage(*self.answer_arguments)
+            yield stage(self.look(block)).to_pylist()
 
     def on_ray(self, blocks: Sequence[pa.Table]) -> Generator[Statuses, None, None]:
         """Answer on Ray."""
         from valley_ray.evaluate.execution import answer_blocks
 
-        return answer_blocks(blocks, LookStage(self._decode), self._answer_arguments, self._settings)
-
-    @property
-    def _answer_arguments(self) -> tuple[Path, Path, Path, AnswerSettings]:
-        return self._model, self._shards_dir, self.directory, self._settings
+        return answer_blocks(blocks, self.look, self.answer_arguments, self._settings)
 
     def _block(self, number: int, rows: Sequence[Mapping[str, Any]], clips: Mapping[str, Outcome]) -> pa.Table:
         digest = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=8).hexdigest()
@@ -192,14 +191,6 @@ class _Work:
             places = [place_of(self._known[one]) for one in ids if one in self._known]
             table.append({"block": f"block-{digest}", **row, "undecoded": undecoded, "places": places})
         return pa.Table.from_pylist(table, schema=TASK_SCHEMA)
-
-
-def _processor(model: Path) -> "ValleyProcessor":
-    from valley_ray.processor import ValleyProcessor
-
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"model={str(model)!r} is no model folder (no config.json in it); check the path")
-    return ValleyProcessor.from_pretrained(model)
 
 
 def _progress(num_rows: int, num_asked: int, stack: contextlib.ExitStack) -> DecodeProgress:

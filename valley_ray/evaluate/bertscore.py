@@ -52,12 +52,15 @@ class BertScore:
         self._device, self._batch_size = device, batch_size
 
     def scores(self, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-        """F1 of each pair; 0 where one of the texts has no token."""
-        found = []
-        for first in range(0, len(predictions), self._batch_size):
-            part = slice(first, first + self._batch_size)
-            ours, theirs = self._vectors(predictions[part]), self._vectors(references[part])
-            found += [_f1(*one, *other) for one, other in zip(ours, theirs, strict=True)]
+        """F1 of each pair; 0 where one of the texts is empty."""
+        pairs = list(zip(predictions, references, strict=True))
+        full = [place for place, (ours, theirs) in enumerate(pairs) if ours.strip() and theirs.strip()]
+        found = [0.0] * len(pairs)
+        for first in range(0, len(full), self._batch_size):
+            places = full[first : first + self._batch_size]
+            ours, theirs = (self._vectors([pairs[place][side] for place in places]) for side in (0, 1))
+            for place, one, other in zip(places, ours, theirs, strict=True):
+                found[place] = _f1(*one, *other)
         return found
 
     @torch.inference_mode()

@@ -25,6 +25,8 @@ def answer_blocks(
     look: LookStage,
     answer_arguments: tuple[Path, Path, Path, AnswerSettings],
     settings: AnswerSettings,
+    *,
+    stage: type[AnswerStage] = AnswerStage,
 ) -> Generator[list[dict[str, Any]], None, None]:
     """Statuses of the blocks (TASK_SCHEMA), a list per block, about in order; starts nothing where there is no work.
 
@@ -53,7 +55,7 @@ def answer_blocks(
                 max_retries=retries,
             )
             .map_batches(
-                AnswerStage,
+                stage,
                 fn_constructor_args=answer_arguments,
                 batch_size=None,
                 batch_format="pyarrow",

@@ -1,20 +1,24 @@
 """Batch answers in one process: those of the assistant, every row accounted for, none asked for twice."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from asked import NUM_CLIPS, QUESTIONS, make_records, record, settings
+from asked import NUM_CLIPS, QUESTIONS, make_records, record, settings, unanswered
 
 from valley_ray.assistant import Assistant
+from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.data.journal import BlockJournal
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import CheckpointError, DataError
 from valley_ray.evaluate import room
-from valley_ray.evaluate.answers import ANSWERS_DIR, SHARDS_DIR, AnswerSet, answer
+from valley_ray.evaluate.answers import ANSWERS_DIR, SHARDS_DIR, AnswerSet, Work, answer
 from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.evaluate.ledger import LedgerWriter, read_answers
+from valley_ray.evaluate.stages import AnswerStage
 
 
 @pytest.fixture(scope="module")
@@ -166,25 +170,39 @@ def test_a_question_too_long_for_the_model_is_a_failed_row(tiny_valley: Path, tm
 def test_a_question_that_kills_its_worker_alone_is_a_failed_row(
     answered: tuple[Path, AnswerSet], tiny_valley: Path, records: Path, tmp_path: Path
 ) -> None:
-    from valley_ray.evaluate.answers import _processor, _Work
-    from valley_ray.evaluate.stages import AnswerStage, LookStage
-
     config = settings(records, shards_dir=answered[0] / SHARDS_DIR, block_size=64)
-    work = _Work(config, tiny_valley, answered[0] / SHARDS_DIR, tmp_path, answered[1].clips, _processor(tiny_valley))
-    questions = answered[1].table.filter([row["status"] == "ok" for row in answered[1].table.to_pylist()])
-    pending = questions.set_column(
-        questions.schema.get_field_index("status"), questions.schema.field("status"), [["pending"] * questions.num_rows]
-    )
-    keys, [block] = work.plan(pending)
+    work = Work(config, tiny_valley, answered[0] / SHARDS_DIR, tmp_path, answered[1].clips)
+    questions = unanswered(answered[1].table)
+    good = [name not in ("broken", "missing") for name in questions["sample_id"].to_pylist()]
+    keys, [block] = work.plan(questions.filter(pa.array(good)))
     # Two earlier workers: one died while many were under way, the next one with this question alone.
-    first, second = BlockJournal(work.directory, block["block"][0].as_py()), None
-    first.__enter__()
-    second = BlockJournal(work.directory, block["block"][0].as_py())
-    second.__enter__().begin(keys[3])
-    stage = AnswerStage(tiny_valley, answered[0] / SHARDS_DIR, work.directory, config)
-    statuses = {row["key"]: row["error_class"] for row in stage(LookStage(work._decode)(block)).to_pylist()}
+    name = block["block"][0].as_py()
+    BlockJournal(work.directory, name).__enter__()
+    BlockJournal(work.directory, name).__enter__().begin(keys[3])
+    stage = AnswerStage(*work.answer_arguments)
+    statuses = {row["key"]: row["error_class"] for row in stage(work.look(block)).to_pylist()}
     assert statuses == {key: "answer_worker_died" if key == keys[3] else "" for key in keys}
     assert not list(work.directory.glob("*.journal"))
+
+
+def test_questions_are_taken_as_slots_come_free(tiny_valley: Path, records: Path) -> None:
+    taken: list[str] = []
+
+    def questions() -> Iterator[room.Asked]:
+        for number in range(40):
+            taken.append(str(number))
+            yield room.Asked(str(number), Conversation((Message("user", "one two " * (number % 5 + 1)),)), ())
+
+    def no_frames(shard: str, row: int) -> Any:
+        raise AssertionError("no question shows a clip")
+
+    opened = room.AnswerRoom.open(tiny_valley, no_frames, settings(records, num_slots=4), device="cpu")
+    answers = opened.answers(questions())
+    first = next(answers)
+    assert len(taken) == 4, "as many as there are slots"
+    rest = [one.key for one in answers]
+    assert sorted([first.key, *rest]) == sorted(taken)
+    assert len(taken) == 40
 
 
 def test_what_cannot_be_read_at_all_is_said(tiny_valley: Path, records: Path, tmp_path: Path) -> None:
