@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, SAMPLES_SCHEMA, che
 from valley_ray.data.shards import WindowStore
 from valley_ray.data.sources import clip_row
 from valley_ray.data.stages import BLOCK_SCHEMA, DecodeStage
-from valley_ray.errors import DataError
+from valley_ray.errors import DataError, StorageError
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
@@ -38,6 +38,7 @@ from valley_ray.train.trainer import train
 
 pytestmark = pytest.mark.ray
 
+AS_EVER: dict[str, Any] = {"num_cpus": 0.5, "max_tasks": None, "retries": 1, "block_size": 6}
 CROPS = {"video_crop": Crop(size=32, short_side=32), "image_crop": Crop(size=32, short_side=32)}
 
 
@@ -58,6 +59,25 @@ def run(output: Path, *inputs: Path, **values: Any) -> PrepareSummary:
     assert written["rows_in"] == written["ok"] + written["failed"]
     assert written["repeated_rows"] == 0
     return summary
+
+
+def block_of(paths: Sequence[Path]) -> pa.Table:
+    clips = [clip_row("video", str(path)) for path in paths]
+    rows = [{"window": 0, "block": 0} | {key: clip[key] for key in BLOCK_SCHEMA.names[2:]} for clip in clips]
+    return pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA)
+
+
+def stage_of(directory: Path, kind: type[DecodeStage]) -> DecodeStage:
+    return kind(
+        directory=directory,
+        fingerprint="f",
+        sampling=FrameSampling(num_frames=2),
+        processing=ProcessorConfig(num_patches=4, **CROPS),
+        backend="pyav",
+        limits=SandboxLimits(),
+        policy=FetchPolicy(),
+        max_deaths=1,
+    )
 
 
 def ledger(output: Path) -> dict[str, dict[str, Any]]:
@@ -206,6 +226,24 @@ def test_rows_that_name_no_file_keep_their_reason_and_folders_of_frames_are_comp
     assert (again.by_error_class, again.clips_decoded) == (summary.by_error_class, 1), "only the missing file is tried"
 
 
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (OSError(28, "Error writing bytes to file. Detail: [errno 28]"), StorageError),
+        (DataError("shard-0: its worker died 4 times between two clips; see the worker's log"), DataError),
+    ],
+)
+def test_what_a_worker_raises_on_purpose_is_raised_here(tmp_path: Path, error: Exception, wanted: Any) -> None:
+    class Raising(DecodeStage):
+        """Local, so that workers get it by value."""
+
+        def _append(self, *_: Any) -> None:
+            raise error
+
+    with pytest.raises(wanted, match=r"No space left on device|died 4 times"):
+        list(decode_blocks([block_of([tmp_path / "a.mp4"])], stage_of(tmp_path, Raising), **AS_EVER))
+
+
 def test_nodes_are_told_apart_from_those_that_have_gone() -> None:
     assert is_node_alive(ray.nodes()[0]["NodeID"])
     assert not is_node_alive("0" * 56)
@@ -220,21 +258,8 @@ def test_clip_that_kills_its_worker_every_time_fails_alone(tmp_path: Path) -> No
                 os.kill(os.getpid(), signal.SIGKILL)
             return super()._frames(sources, clip)
 
-    names = ["0.mp4", "deadly-1.mp4", "1.mp4", "2.mp4", "deadly-2.mp4", "3.mp4"]
-    clips = [clip_row("video", str(write_clip(tmp_path / name, brightness=30))) for name in names]
-    rows = [{"window": 0, "block": 0} | {key: clip[key] for key in BLOCK_SCHEMA.names[2:]} for clip in clips]
-    block = pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA)
-    stage = Deadly(
-        directory=tmp_path,
-        fingerprint="f",
-        sampling=FrameSampling(num_frames=2),
-        processing=ProcessorConfig(num_patches=4, **CROPS),
-        backend="pyav",
-        limits=SandboxLimits(),
-        policy=FetchPolicy(),
-        max_deaths=1,
-    )
-    [outcomes] = decode_blocks([block], stage, num_cpus=0.5, max_tasks=None, retries=1, block_size=6)
-    assert [outcome["status"] for outcome in outcomes] == [OK, FAILED, OK, OK, FAILED, OK]
-    assert {outcome["error_class"] for outcome in outcomes if outcome["status"] == FAILED} == {"decode_worker_died"}
-    assert [outcome["attempts"] for outcome in outcomes] == [1, 2, 1, 1, 2, 1]
+    block = block_of([write_clip(tmp_path / name, brightness=30) for name in ("0.mp4", "deadly.mp4", "1.mp4")])
+    [outcomes] = decode_blocks([block], stage_of(tmp_path, Deadly), **AS_EVER)
+    assert [outcome["status"] for outcome in outcomes] == [OK, FAILED, OK]
+    assert outcomes[1]["error_class"] == "decode_worker_died"
+    assert [outcome["attempts"] for outcome in outcomes] == [1, 2, 1]

@@ -1,6 +1,6 @@
 """What can be known to go wrong before anything starts: sources that are not there, a folder that is not ours to write.
 
-Looks at the first records of each source at most. Knows no Ray.
+Looks at the first records of each source. Knows no Ray.
 """
 
 import os
@@ -27,10 +27,10 @@ def check_prepare(config: PrepareConfig) -> None:
         StorageError: the output cannot be written.
     """
     for source in config.sources:
-        check_source(source)
         root = normalized(source.media_root) if source.media_root is not None else None
         if root is not None and not is_web(root) and not is_folder(root):
             raise DataError(f"media_root={shown(root)}: there is no such folder; give the one that holds the media")
+        check_source(source)
     if config.model is not None and not config.model.is_dir():
         raise CheckpointError(f"model={config.model}: there is no such folder; give a model folder")
     check_output(config.output)

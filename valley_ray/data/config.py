@@ -1,5 +1,6 @@
 """What a user writes for the data pipeline. Knows no Ray, so that it is checked before any starts."""
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -142,4 +143,4 @@ def _input(root: Path, locator: str) -> str:
     if "://" in locator:
         return locator
     path = Path(locator).expanduser()
-    return str(path.absolute() if path.exists() else root / path)
+    return os.path.abspath(path if path.exists() else root / path)

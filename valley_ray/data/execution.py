@@ -4,6 +4,8 @@ Ray Data carries paths to the workers and outcomes back; frames go from a worker
 """
 
 import contextlib
+import os
+import re
 import socket
 import time
 import warnings
@@ -15,10 +17,13 @@ import ray.data
 from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
 from ray.util.metrics import Histogram
 
+from valley_ray import errors
 from valley_ray.data.outcomes import Outcome
 from valley_ray.data.stages import MAX_ATTEMPTS, DecodeStage
 from valley_ray.errors import DataError, StorageError, ValleyError
 
+_RAISED = re.compile(r"^(?:\w*Error: \[Errno (?P<errno>\d+)\]|valley_ray\.errors\.(?P<name>\w+): (?P<text>.+))", re.M)
+"""Last line of a traceback."""
 NODE_ANSWERS_S = 3.0
 """Seconds in which a node that lives takes a connection."""
 BLOCK_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -95,9 +100,24 @@ def error_of_user(error: RayError, *, settings: str) -> ValleyError | None:
         if isinstance(cause, WorkerCrashedError):
             return DataError("workers died too often before they began; their logs say why")
         if isinstance(cause, OSError) and cause.strerror:
-            return StorageError(f"a worker could not write ({cause.strerror}); make room or check the folder's rights")
+            return _not_written(cause.strerror)
         cause = getattr(cause, "cause", None) or cause.__cause__
+    return _told(str(error))
+
+
+def _told(trace: str) -> ValleyError | None:
+    """The same from a worker's traceback: Ray Data wraps what a task raises, and drops the cause on the way."""
+    for match in reversed(list(_RAISED.finditer(trace))):
+        if match["errno"]:
+            return _not_written(os.strerror(int(match["errno"])))
+        error_class = getattr(errors, match["name"], None)
+        if isinstance(error_class, type) and issubclass(error_class, ValleyError):
+            return error_class(match["text"])
     return None
+
+
+def _not_written(reason: str) -> StorageError:
+    return StorageError(f"a worker could not write ({reason}); make room or check the folder's rights")
 
 
 def cpus_of_one_node() -> int | None:

@@ -3,6 +3,7 @@
 Hostile files are for `valley_ray.media.sandbox`, which runs the same in a killable child. Knows no torch and no Ray.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +33,7 @@ def probe(source: MediaSource, *, name: str | None = None, limits: DecodeLimits 
 
     name, limits = source_name(source, name), limits or DecodeLimits()
     with _memory_named(name):
-        if isinstance(source, Path) and source.is_dir():
+        if isinstance(source, Path) and os.path.isdir(source):
             return images.probe_folder(source, name=name, limits=limits)
         if _starts_as_image(source, name=name):
             return images.probe_image(source, name=name, limits=limits)
@@ -70,7 +71,7 @@ def frames(
     name, limits = source_name(source, name), limits or DecodeLimits()
     transform = partial(resize_and_crop_frame, crop=crop) if crop is not None else None
     with _memory_named(name):
-        if isinstance(source, Path) and source.is_dir():
+        if isinstance(source, Path) and os.path.isdir(source):
             return images.decode_folder(source, sampling, name=name, limits=limits, transform=transform)
         if _starts_as_image(source, name=name):
             return images.decode_image(source, name=name, limits=limits, transform=transform)

@@ -73,10 +73,12 @@ def test_links_are_followed_and_do_not_lead_round_in_circles(tmp_path: Path) -> 
     (tmp_path / "media/inner").mkdir(parents=True)
     (tmp_path / "media/inner/a.mp4").touch()
     (tmp_path / "media/inner/up").symlink_to(tmp_path / "media")
+    (tmp_path / "media/itself.mp4").symlink_to("itself.mp4")
+    (tmp_path / "media/itself").symlink_to("itself")
     (tmp_path / "media/gone.mp4").symlink_to(tmp_path / "nowhere")
     (tmp_path / "media/z.mp4").symlink_to(tmp_path / "media/inner/a.mp4")
     found = {Path(str(clip["uri"])).name: clip["size_bytes"] for clip in read(tmp_path / "media")}
-    assert found == {"gone.mp4": None, "a.mp4": 0, "z.mp4": 0}
+    assert found == {"gone.mp4": None, "a.mp4": 0, "z.mp4": 0, "itself.mp4": None}
 
 
 def test_one_media_file_is_a_source_too(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def zero_middle(path):
 
 def test_missing_file(tmp_path):
     refused(tmp_path / "gone.mp4", SourceNotFoundError)
+    refused(tmp_path / ("x" * 5000), SourceNotFoundError)
 
 
 def test_empty_file(tmp_path):

@@ -23,6 +23,8 @@ MAX_LINE_BYTES = 64 << 20
 
 _STALL_TIMEOUT_S = 60.0
 """Seconds without a byte before a web server is given up."""
+_RETRY_LIMIT_S = 20
+"""Seconds in which a request to Google's store is tried again."""
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs")
 """File systems that pyarrow brings along; the others are fsspec's."""
 BUCKET_SCHEMES = (*_ARROW_SCHEMES, "abfs", "abfss", "az", "adl", "oss", "memory")
@@ -105,7 +107,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
     try:
         if scheme_of(url) in _ARROW_SCHEMES:
-            filesystem, path = FileSystem.from_uri(url)
+            filesystem, path = FileSystem.from_uri(_impatient(url))
             return ArrowFSWrapper(filesystem), path
         filesystem, path = fsspec.core.url_to_fs(url, **(_web_options() if is_web(url) else {}))
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
@@ -143,7 +145,7 @@ def list_folder(path: str) -> list[tuple[str, bool]]:
     with reading(path):
         if not is_url(path):
             with os.scandir(path) as entries:
-                return [(entry.name, entry.is_dir()) for entry in entries]
+                return [(entry.name, _is_dir(entry)) for entry in entries]
         filesystem, inner = filesystem_of(path)
         return [(last_part(entry["name"]), entry["type"] == "directory") for entry in filesystem.ls(inner, detail=True)]
 
@@ -211,6 +213,20 @@ def reading(path: str) -> Iterator[None]:
         raise _unreadable(path, error) from error
 
 
+def _impatient(url: str) -> str:
+    """`url` with a bound on how long Google's client tries again: its own is a quarter of an hour."""
+    if scheme_of(url) not in ("gs", "gcs") or "retry_limit_seconds=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={_RETRY_LIMIT_S}"
+
+
+def _is_dir(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say: for whoever opens it to tell
+        return False
+
+
 def _web_options() -> dict[str, Any]:
     """aiohttp gives up after five minutes, however well a download goes on."""
     import aiohttp
@@ -229,5 +245,6 @@ def _open(path: str) -> Any:
 
 def _unreadable(path: str, error: BaseException) -> DataError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    reason = reason.replace(path, shown(path))[:200]
-    return DataError(f"cannot read records {shown(path)}: {reason}; give the path of a file that can be read")
+    reason = "there is no such file" if reason == path else reason.replace(path, shown(path))[:200]
+    advice = "check its address and the credentials in the environment" if is_url(path) else "give one that can be read"
+    return DataError(f"cannot read records {shown(path)}: {reason}; {advice}")

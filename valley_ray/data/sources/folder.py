@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from valley_ray.data.sources.files import ending, is_folder, is_url, is_web, join, list_folder, reading, shown
-from valley_ray.data.sources.media import VIDEO_ENDINGS, encodable, failed_clip, is_media, make_row
+from valley_ray.data.sources.media import VIDEO_ENDINGS, encodable, failed_clip, is_media, make_row, printable
 from valley_ray.data.sources.rows import CatalogRow, Source
 from valley_ray.errors import DataError
 from valley_ray.media.source import IMAGE_SUFFIXES
@@ -36,8 +36,9 @@ def read_folder(source: Source) -> Iterator[CatalogRow]:
 def _row(path: str, source: Source) -> CatalogRow:
     try:
         encodable(path, "path")
-    except DataError as error:
-        return CatalogRow(None, (failed_clip(path, error),))
+    except DataError:
+        reason = DataError(f"{printable(path)}: its name is not UTF-8, which no table holds; rename it")
+        return CatalogRow(None, (failed_clip(path, reason),))
     kind = "image" if ending(path) in IMAGE_SUFFIXES else "video"
     found = source.media.find(path) if not is_web(path) else None
     return CatalogRow(None, (make_row(kind, path if found is None else found.uri, [found] if found else []),))

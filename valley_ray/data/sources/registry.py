@@ -57,12 +57,11 @@ def open_source(config: SourceConfig, *, name: str | None = None) -> tuple[Forma
 
 
 def check_source(config: SourceConfig) -> None:
-    """Raise DataError where `open_source` would: nothing is there, or its format cannot be told."""
+    """Raise DataError where `open_source` would, or the taking of the first row."""
     path = normalized(config.path)
-    if config.format == "auto":
-        detect(path)
-    elif not is_web(path) and not exists(path):
+    if config.format != "auto" and not is_web(path) and not exists(path):
         raise _missing(path)
+    next(open_source(config)[1], None)
     if config.companion is not None and not is_web(config.companion) and not exists(normalized(config.companion)):
         raise _missing(normalized(config.companion))
 
