@@ -50,21 +50,22 @@ def test_an_evaluation_on_ray_answers_as_one_process_does(tiny_valley: Path, rec
         evaluate(config.model_copy(update={"actor_gpus": 1.0, "output": tmp_path / "gpu"}))
 
 
-class DyingStage(AnswerStage):
-    """Its process dies whenever it is asked one question, after the answers before it."""
-
-    def _answers(self, rows: Sequence[Mapping[str, Any]], *, num_at_once: int | None = None) -> Iterator[Answer]:
-        for row in rows:
-            if row["messages"][-1]["content"].endswith(KILLER):
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield from super()._answers([row], num_at_once=num_at_once)
-
-
 @pytest.mark.slow
 @pytest.mark.faults
 def test_a_question_that_kills_its_worker_costs_that_row_alone(
     tiny_valley: Path, records: Path, tmp_path: Path
 ) -> None:
+    killer = KILLER  # by value: workers do not see this file
+
+    class DyingStage(AnswerStage):
+        """Its process dies whenever it is asked one question, after the answers before it."""
+
+        def _answers(self, rows: Sequence[Mapping[str, Any]], *, num_at_once: int | None = None) -> Iterator[Answer]:
+            for row in rows:
+                if row["messages"][-1]["content"].endswith(killer):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield from super()._answers([row], num_at_once=num_at_once)
+
     values = json.loads(records.read_text(encoding="utf-8"))
     path = records.with_name("killer.json")
     path.write_text(json.dumps([values[0], record("killer", "0.mp4", KILLER), *values[1:4]]), encoding="utf-8")
