@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test test-slow test-parity check format clean
+.PHONY: help install quickstart test test-slow test-parity test-browser check format clean
 help:
 	@echo "make quickstart   a small Valley trained from generated videos, answering over HTTP (minutes, CPU)"
 	@echo "make test         the test suite (<= 10 minutes on two cores)"
 	@echo "make test-slow    faults, sweeps and long runs (<= 60 minutes)"
 	@echo "make test-parity  the original's recorded outputs, and real videos; other sets: VALLEY_PARITY=... VALLEY_VIDEOS=..."
+	@echo "make test-browser pages in a real browser; needs Chromium or Chrome (Debian: apt-get install chromium)"
 	@echo "make check        lint, types, layers"
 	@echo "make format       rewrite the code in the house format"
 
@@ -33,6 +34,10 @@ test-slow: $(INSTALLED)
 
 test-parity: $(INSTALLED)
 	$(BIN)/python -m pytest tests/parity
+
+test-browser: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest -m 'browser' tests/browser
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
