@@ -1,37 +1,42 @@
-"""The HTTP front: OpenAI chat completions in, answers out as JSON or server-sent events; typed JSON errors.
+"""The HTTP front: OpenAI's chat, models and files over whatever answers; typed JSON errors, keys, limits.
 
-Turns requests into AnswerRequests and deltas into responses. Knows neither models nor Ray: what answers is handed in.
+Puts the rooms of the API together. Knows neither models nor Ray: what answers is handed in.
 """
 
 import asyncio
-import json
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from valley_ray.chat.conversation import MediaPart, from_openai
+from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
-from valley_ray.errors import SamplingError, UnknownModelError
-from valley_ray.fetch import FetchPolicy, fetch, media_key
-from valley_ray.media.sampling import FrameSampling
+from valley_ray.errors import OverloadedError, UnavailableError, UnknownModelError
+from valley_ray.serve.chat import Answer, answers, event_stream, read_question, whole_reply
+from valley_ray.serve.chat_reply import ChatCompletion, ChatCompletionChunk, Reply
+from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.config import ServeConfig
-from valley_ray.serve.http_errors import add_error_handlers, error_body, refuse_larger_bodies
-from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, ChatCompletionRequest, MediaRef
-
-logger = logging.getLogger(__name__)
+from valley_ray.serve.files import FileStore
+from valley_ray.serve.files_api import files_router
+from valley_ray.serve.gate import REQUEST_ID, Gate, visit_of
+from valley_ray.serve.http_errors import BodyLimit, ErrorReply, add_error_handlers
+from valley_ray.serve.keys import Keys
+from valley_ray.serve.media_source import MediaSource
+from valley_ray.serve.protocol import AnswerRequest
 
 _ROOM_FOR_TEXT_BYTES = 4 * 2**20
 """What a request's body may hold beside media."""
+_ROOM_FOR_FORM_BYTES = 2**16
+_READY_FOR_S = 2.0
+"""How long one look at the model counts."""
+_READY_TIMEOUT_S = 10.0
 
-Answer = Callable[[AnswerRequest], AsyncGenerator[AnswerDelta, None]]
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
 
 
 @dataclass(frozen=True)
@@ -44,35 +49,117 @@ class Backend:
     """Bytes → object reference that a MediaRef carries."""
 
 
-def build_api(config: ServeConfig, backend: Backend) -> FastAPI:
-    """The ASGI app of one served model."""
-    api = FastAPI(title="valley_ray", description=f"Questions about videos, answered by {config.served_name}")
+class Health(Reply):
+    """A server that runs."""
+
+    status: Literal["ok"] = "ok"
+    model: str
+
+
+class Model(Reply):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """When this server started, Unix time in seconds."""
+    owned_by: str = "valley_ray"
+
+
+class ModelList(Reply):
+    """All models of this server."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def build_api(
+    config: ServeConfig, backend: Backend, *, keys: Keys | None = None, sends_request_id: bool = True
+) -> FastAPI:
+    """The ASGI app of one served model.
+
+    Args:
+        keys: who may ask; none: everybody.
+        sends_request_id: False behind a proxy that puts x-request-id on responses itself.
+    """
+    keys, name = keys or Keys(), config.served_name
+    about = f"Questions about videos, answered by {name}"
+    # No pages with forms: they load their scripts from elsewhere.
+    api = FastAPI(title="valley_ray", description=about, responses=_ERRORS, docs_url=None, redoc_url=None)
     add_error_handlers(api)
+    store = FileStore(config.files)
+    _add_status(api, config, backend)
+    _add_models(api, name)
+    _add_chat(api, config, backend, MediaSource(config, store, backend.put))
+    api.include_router(files_router(store))
     # Base64 makes four bytes of three.
-    refuse_larger_bodies(api, max_bytes=config.max_media_bytes * 4 // 3 + _ROOM_FOR_TEXT_BYTES)
-    started = int(time.time())
-    model = {"id": config.served_name, "object": "model", "created": started, "owned_by": "valley_ray"}
-    policy = FetchPolicy(allow_roots=config.allow_roots, allow_data_uri=True, max_bytes=config.max_media_bytes)
+    chat_bytes = config.max_media_bytes * 4 // 3 + _ROOM_FOR_TEXT_BYTES
+    file_bytes = config.files.max_file_bytes + _ROOM_FOR_FORM_BYTES
+    api.add_middleware(BodyLimit, max_bytes=lambda path: file_bytes if path == "/v1/files" else chat_bytes)
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],
+        )
+    api.add_middleware(
+        Gate,
+        keys=keys,
+        rate_limit=config.rate_limit,
+        cors_origins=config.cors_origins,
+        sends_request_id=sends_request_id,
+    )
+    return api
 
-    @api.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "model": config.served_name}
 
-    @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+def _add_status(api: FastAPI, config: ServeConfig, backend: Backend) -> None:
+    probe = _Probe(backend.answer)
 
-    @api.get("/v1/models/{name}")
-    async def model_named(name: str) -> dict[str, Any]:
-        _check_model(config, name)
+    @api.get("/health", response_model=Health, tags=["status"])
+    async def health() -> Health:
+        """Whether the HTTP front runs; asks no model."""
+        return Health(model=config.served_name)
+
+    @api.get("/ready", response_model=Health, tags=["status"])
+    async def ready() -> Health:
+        """Whether the model answers: it is asked for one token."""
+        await probe.check()
+        return Health(model=config.served_name)
+
+
+def _add_models(api: FastAPI, name: str) -> None:
+    model = Model(id=name, created=int(time.time()))
+
+    @api.get("/v1/models", response_model=ModelList, tags=["models"])
+    async def list_models() -> ModelList:
+        """The models that can be asked."""
+        return ModelList(data=[model])
+
+    @api.get("/v1/models/{model_id:path}", response_model=Model, tags=["models"])
+    async def get_model(model_id: str) -> Model:
+        """One model."""
+        _check_model(name, model_id)
         return model
 
-    @api.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest) -> Response:
-        _check_model(config, body.model)
-        request = await _answer_request(config, policy, backend, body)
-        reply = _Reply(request.request_id, config.served_name)
-        deltas = backend.answer(request)
+
+def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, media: MediaSource) -> None:
+    stream = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}
+
+    @api.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        # The chunk's model is named so that its schema is listed; what stands under `content` is what is sent.
+        responses={200: {"model": ChatCompletion | ChatCompletionChunk, "content": stream}},
+        tags=["chat"],
+    )
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        """Ask about videos and images, or go on with a conversation."""
+        _check_model(config.served_name, body.model)
+        visit = visit_of(request)
+        question = await read_question(config, media, body, visit)
+        deltas = answers(backend.answer, question)
         try:
             # The first delta before the first byte: what is wrong with the request still has its HTTP status.
             first = await anext(deltas)
@@ -81,112 +168,50 @@ def build_api(config: ServeConfig, backend: Backend) -> FastAPI:
             raise
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _server_sent(reply, first, deltas, include_usage=include_usage)
+            events = event_stream(question, first, deltas, visit, include_usage=include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        async with aclosing(deltas) as rest:
-            return JSONResponse(reply.whole([first, *[delta async for delta in rest]]))
-
-    return api
+        return JSONResponse(await whole_reply(question, first, deltas, visit))
 
 
-def _check_model(config: ServeConfig, name: str) -> None:
-    if name != config.served_name:
-        raise UnknownModelError(f"no model {name!r} here; this server has {config.served_name!r}")
+def _check_model(name: str, asked: str) -> None:
+    if asked != name:
+        raise UnknownModelError(f"no model {asked[:100]!r} here; this server has {name!r}")
 
 
-async def _answer_request(
-    config: ServeConfig, policy: FetchPolicy, backend: Backend, body: ChatCompletionRequest
-) -> AnswerRequest:
-    messages = [message.model_dump(exclude={"name"}, exclude_none=True) for message in body.messages]
-    conversation, parts = from_openai(messages)
-    params = SamplingParams(
-        max_tokens=body.token_limit or config.default_max_tokens,
-        temperature=body.temperature or 0.0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
-        seed=body.seed or 0,
-    )
-    return AnswerRequest(
-        request_id=f"chatcmpl-{uuid4().hex}",
-        conversation=conversation,
-        media=tuple(await asyncio.gather(*(asyncio.to_thread(_media_ref, part, policy, backend) for part in parts))),
-        sampling=_sampling(config, body),
-        params=params,
-        fit_max_tokens=body.token_limit is None,
-        stream=body.stream,
-        stop=body.stop_texts,
-    )
+class _Probe:
+    """Asks the model for one token, at most once in a while and never twice at the same time."""
 
+    def __init__(self, answer: Answer) -> None:
+        self._answer, self._lock = answer, asyncio.Lock()
+        self._looked_at, self._problem = -_READY_FOR_S, ""
 
-def _sampling(config: ServeConfig, body: ChatCompletionRequest) -> FrameSampling | None:
-    if body.num_frames is not None:
-        if body.num_frames > config.max_frames:
-            raise SamplingError(
-                f"num_frames={body.num_frames} is over this server's {config.max_frames}; ask for fewer"
-            )
-        return FrameSampling(num_frames=body.num_frames)
-    return None if body.fps is None else FrameSampling(num_frames=None, fps=body.fps)
+    async def check(self) -> None:
+        """Raise UnavailableError where the model does not answer."""
+        async with self._lock:
+            if time.monotonic() - self._looked_at >= _READY_FOR_S:
+                self._problem = await self._look()
+                self._looked_at = time.monotonic()
+        if self._problem:
+            raise UnavailableError(f"the model does not answer ({self._problem}); try again shortly")
 
-
-def _media_ref(part: MediaPart, policy: FetchPolicy, backend: Backend) -> MediaRef:
-    fetched = fetch(part.url, policy)
-    key = media_key(fetched)
-    if isinstance(fetched.source, Path):
-        return MediaRef(key, part.kind, fetched.name, path=str(fetched.source.absolute()))
-    return MediaRef(key, part.kind, fetched.name, data=backend.put(fetched.source))
-
-
-class _Reply:
-    """Writes the JSON of one answer."""
-
-    def __init__(self, request_id: str, model: str) -> None:
-        self._head = {"id": request_id, "created": int(time.time()), "model": model}
-
-    def whole(self, deltas: Sequence[AnswerDelta]) -> dict[str, Any]:
-        """A `chat.completion`."""
-        message = {"role": "assistant", "content": "".join(delta.text for delta in deltas)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": deltas[-1].finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": _usage(deltas[-1])}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        """A `chat.completion.chunk`."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def usage_chunk(self, last: AnswerDelta) -> dict[str, Any]:
-        """The chunk after the last, where the client asked for it."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": _usage(last)}
-
-
-def _usage(last: AnswerDelta) -> dict[str, int]:
-    return {
-        "prompt_tokens": last.num_prompt_tokens,
-        "completion_tokens": last.num_tokens,
-        "total_tokens": last.num_prompt_tokens + last.num_tokens,
-    }
-
-
-async def _server_sent(
-    reply: _Reply, first: AnswerDelta, rest: AsyncGenerator[AnswerDelta, None], *, include_usage: bool
-) -> AsyncGenerator[str, None]:
-    """The events of a stream. A failure in mid-stream becomes an error event: the status line is long gone."""
-    last = first
-    yield _event(reply.chunk({"role": "assistant", "content": first.text}))
-    async with aclosing(rest) as deltas:
+    async def _look(self) -> str:
+        request = AnswerRequest(
+            request_id="ready",
+            conversation=Conversation((Message("user", "ready?"),)),
+            media=(),
+            frames=(),
+            params=SamplingParams(max_tokens=1),
+            fit_max_tokens=True,
+            stream=False,
+        )
         try:
-            async for delta in deltas:
-                last = delta
-                if delta.text:
-                    yield _event(reply.chunk({"content": delta.text}))
-        except Exception as error:  # whatever it is: a stream that just ends would look like a whole answer
-            logger.exception("a stream broke off")
-            yield _event(error_body(error)[1])
-            return
-    yield _event(reply.chunk({}, last.finish_reason))
-    if include_usage:
-        yield _event(reply.usage_chunk(last))
-    yield "data: [DONE]\n\n"
-
-
-def _event(payload: dict[str, Any]) -> str:
-    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
+            async with asyncio.timeout(_READY_TIMEOUT_S), aclosing(self._answer(request)) as deltas:
+                async for _ in deltas:
+                    pass
+        except OverloadedError:
+            return ""  # it is busy with other questions
+        except TimeoutError:
+            return f"nothing within {_READY_TIMEOUT_S:g} s"
+        except Exception as error:  # whatever it is: this is the place that tells
+            return type(error).__name__
+        return ""

@@ -23,7 +23,9 @@ from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
 from valley_ray.serve.encoder import VisionEncoder
 from valley_ray.serve.ingress import Ingress
+from valley_ray.serve.keys import Keys, check_exposure, read_keys
 from valley_ray.serve.sampler import FrameSampler
+from valley_ray.storage import storage_root
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class BuildError(ConfigError, RayServeException):
 
 def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
     """Check the configuration and bind the deployments; raises BuildError with one line that says what to do."""
-    config = _check(args)
+    config, keys = _check(args)
 
     def deployment(kind: type[Any], size: str) -> serve.Deployment:
         return serve.deployment(kind, **getattr(config, size).options(kind.__name__))
@@ -44,20 +46,21 @@ def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
     sampler = deployment(FrameSampler, "sampler").bind(config)
     encoder = deployment(VisionEncoder, "encoder").bind(config, sampler)
     decoder = deployment(LanguageDecoder, "decoder").bind(config, encoder)
-    return deployment(Ingress, "ingress").bind(config, decoder)
+    return deployment(Ingress, "ingress").bind(config, decoder, keys)
 
 
-def _check(args: ServeConfig | Mapping[str, Any]) -> ServeConfig:
-    """Paths are made absolute here, since replicas may start in another folder."""
+def _check(args: ServeConfig | Mapping[str, Any]) -> tuple[ServeConfig, Keys]:
+    """Paths are made absolute and keys read here, since replicas may start in another folder and environment."""
     try:
         config = args if isinstance(args, ServeConfig) else validate_config(ServeConfig, args, source="args")
         _check_folder(config)
+        keys = read_keys(config.api_keys_file)
     except ValleyError as error:
         raise BuildError(str(error)) from None
     roots = tuple(root.absolute() for root in config.allow_roots)
-    return config.model_copy(
-        update={"model": config.model.absolute(), "model_name": config.served_name, "allow_roots": roots}
-    )
+    files = config.files.model_copy(update={"folder": storage_root() / config.files.folder})
+    absolute = {"model": config.model.absolute(), "allow_roots": roots, "files": files}
+    return config.model_copy(update={**absolute, "model_name": config.served_name}), keys
 
 
 def _check_folder(config: ServeConfig) -> None:
@@ -102,6 +105,7 @@ def run(
     if not ray.is_initialized():
         raise ConfigError("no Ray in this process; call ray.init(address='local') first")
     app = build(config)
+    check_exposure(host, read_keys(config.api_keys_file), allow_no_keys=config.allow_no_keys)
     port = free_port(host, port)
     if _serve_runs():
         raise ConfigError("Serve already runs on this Ray; use `serve deploy` to change what it serves")

@@ -10,6 +10,8 @@ from valley_ray.config import Config, apply_overrides, read_yaml, validate_confi
 from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
+from valley_ray.serve.files import FilesConfig
+from valley_ray.serve.rate_limit import RateLimit
 
 
 class DeploymentConfig(Config):
@@ -61,6 +63,27 @@ class ServeConfig(Config):
     """Folders whose files requests may name by path or file:// URI (on the machine of the replicas). Empty: none."""
     max_media_bytes: int = Field(default=64 * 2**20, ge=1)
     """Largest media file, bytes; a request's body may be a third larger (base64) plus text."""
+    max_media: int = Field(default=16, ge=1)
+    """Most videos and images in one request."""
+    allow_hosts: tuple[str, ...] = ()
+    """Hosts whose http(s) URLs requests may name, redirects included. Empty: no URLs."""
+    allow_private_addresses: bool = False
+    """Fetch from allowed hosts in the private network or on this machine too."""
+    fetch_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    """Longest download of one URL, seconds."""
+    files: FilesConfig = FilesConfig()
+    """Files that clients upload."""
+
+    api_keys_file: Path | None = None
+    """File with API keys, one a line (`KEY` or `NAME KEY`), beside those in $VALLEY_API_KEYS; no key at all: anybody
+    may ask, which only a server on a loopback address does by itself."""
+    allow_no_keys: bool = False
+    """Answer a whole network without API keys, for example behind a gateway that checks who asks."""
+    rate_limit: RateLimit = RateLimit()
+    """What each key may ask for."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins such as https://example.org whose web pages may ask from a browser; "*": any. Empty: none."""
+
     sandbox: SandboxLimits = SandboxLimits()
     """Time and memory of decoding one file."""
     video_decoder: Backend = "pyav"
@@ -72,6 +95,8 @@ class ServeConfig(Config):
     """Most frames per video that a request may ask for with `num_frames`, or get with `fps`."""
     default_max_tokens: int = Field(default=128, ge=1)
     """New tokens where the request does not say (fewer where they would not fit)."""
+    max_choices: int = Field(default=8, ge=1)
+    """Most answers that one request may ask for with `n`."""
 
     num_slots: int = Field(default=16, ge=1)
     """Requests that one decoder advances together."""

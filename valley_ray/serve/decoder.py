@@ -16,7 +16,8 @@ from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.calls import PullCache, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.engine_thread import EngineThread
-from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, MediaRef
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef, TokenLogprob
+from valley_ray.serve.token_text import token_logprob
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +46,25 @@ class LanguageDecoder:
         Raises what looking at the media raises, ConversationError and PromptTooLongError; all before the first delta.
         """
         started = time.monotonic()
-        visual_tokens = await asyncio.gather(*(self._look_at(media, request) for media in request.media))
+        looking = (self._look_at(media, wish) for media, wish in zip(request.media, request.frames, strict=True))
+        visual_tokens = await asyncio.gather(*looking)
         looked = time.monotonic()
         prompt = build_prompt(self._processor, request.conversation, visual_tokens)
         fit_into = self._max_length if request.fit_max_tokens else None
         params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
         stream = open_text_stream(self._processor, params, request.stop)
-        text, num_tokens = "", 0
+        text, num_tokens, logprobs = "", 0, list[TokenLogprob]()
         async with aclosing(self._thread.generate(prompt, params)) as events:
             async for event in events:
                 num_tokens += 1
                 text += stream.push(event)
+                if event.logprob is not None and event.token_id not in params.stop_token_ids:
+                    logprobs.append(token_logprob(self._processor.tokenizer, event))
                 reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
                 if reason is not None or (request.stream and text):
-                    yield AnswerDelta(text, len(prompt.input_ids), num_tokens, reason)
-                    text = ""
+                    counts = len(prompt.input_ids), num_tokens
+                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens)
+                    text, logprobs = "", []
                 if stream.stopped:
                     self._num_stopped += event.finish_reason is None
                     break
@@ -72,10 +77,8 @@ class LanguageDecoder:
             time.monotonic() - looked,
         )
 
-    async def _look_at(self, media: MediaRef, request: AnswerRequest) -> torch.Tensor:
-        own = self._default_sampling
-        # What a request says is how many frames; the order of a folder's files stays the model's.
-        sampling = request.sampling.model_copy(update={"folder_order": own.folder_order}) if request.sampling else own
+    async def _look_at(self, media: MediaRef, wish: FrameWish) -> torch.Tensor:
+        sampling = wish.over(self._default_sampling)
 
         async def pull() -> torch.Tensor:
             with unwrapped():

@@ -6,11 +6,14 @@ foresaw is a 500 without details, which stand in the log.
 
 import difflib
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,17 +27,41 @@ from valley_ray.errors import (
     UnknownModelError,
     ValleyError,
 )
-from valley_ray.serve.protocol import ChatCompletionRequest
+from valley_ray.serve.chat_request import ChatCompletionRequest
+from valley_ray.serve.refusals import RateLimitError, RequestTooLargeError, UnauthorizedError, UnknownFileError
 
 logger = logging.getLogger(__name__)
 
+_FORMS = (("content", "string"), ("content", "parts"), ("stop", "string"), ("stop", "list"))
+"""Names that the schema gives to forms of a field; they follow the field in a problem's place."""
+
 _PARAMS: tuple[tuple[type[ValleyError], str], ...] = (
     (UnknownModelError, "model"),
+    (UnknownFileError, "file_id"),
     (SamplingError, "num_frames"),
     (FetchError, "messages"),
     (MediaError, "messages"),
     (ConversationError, "messages"),
 )
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    """One line: what was expected, what came, what to do."""
+    type: str
+    """invalid_request_error, rate_limit_error or server_error."""
+    param: str | None
+    """The field it is about."""
+    code: str | None
+    """Stable name of the reason."""
+
+
+class ErrorReply(BaseModel):
+    """Body of every answer with a status of 400 or more."""
+
+    error: ErrorDetail
 
 
 def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
@@ -45,40 +72,52 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestValidationError):
         first, *_ = problems = error.errors()
         param = None if first["type"] == "json_invalid" else _path(first) or None
-        return 400, _body("; ".join(map(_describe, problems)), 400, "invalid_request", param)
+        return 400, _body("; ".join(map(_describe, problems[:5])), 400, "invalid_request", param)
     if isinstance(error, HTTPException):
         return error.status_code, _body(str(error.detail), error.status_code, f"http_{error.status_code}", None)
     return 500, _body("the server failed on this request; its log says why", 500, "internal_error", None)
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The response to an error, with the headers that its status asks for."""
+    status, body = error_body(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if isinstance(error, RateLimitError):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, OverloadedError | UnavailableError):
+        headers["Retry-After"] = "1"
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def add_error_handlers(api: FastAPI) -> None:
     """Answer every error of `api` with `error_body`."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        status, body = error_body(error)
-        if status >= 500:
+        response = error_response(error)
+        if response.status_code >= 500:
             logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        retry = {"Retry-After": "1"} if isinstance(error, OverloadedError | UnavailableError) else None
-        return JSONResponse(body, status_code=status, headers=retry)
+        return response
 
     for kind in (ValleyError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(kind, answer)
 
 
-def refuse_larger_bodies(api: FastAPI, *, max_bytes: int) -> None:
-    """Answer 413 to a body of more than `max_bytes`, before or while it is read."""
-    api.add_middleware(_BodyLimit, max_bytes=max_bytes)
+class BodyLimit:
+    """Answers 413 to a body of more than `max_bytes(path)` bytes, before or while it is read."""
 
-
-class _BodyLimit:
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: Callable[[str], int]) -> None:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_bytes(scope["path"])
         declared = dict(scope.get("headers", ())).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            status, body = error_body(self._too_large())
-            await JSONResponse(body, status_code=status)(scope, receive, send)
+        if declared.isdigit() and int(declared) > limit:
+            await error_response(_too_large(limit))(scope, receive, send)
             return
         num_read = 0
 
@@ -86,23 +125,30 @@ class _BodyLimit:
             nonlocal num_read
             message = await receive()
             num_read += len(message.get("body", b""))
-            if num_read > self._max_bytes:
-                raise self._too_large()
+            if num_read > limit:
+                # Starlette's own kind: FastAPI turns anything else that reading a body raises into a 400.
+                raise HTTPException(413, str(_too_large(limit)))
             return message
 
         await self._app(scope, counting, send)
 
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"the request is larger than {self._max_bytes} bytes; send a smaller file or a path")
+
+def _too_large(limit: int) -> RequestTooLargeError:
+    return RequestTooLargeError(f"the request is larger than {limit} bytes; upload the file, or send a smaller one")
 
 
 def _body(message: str, status: int, code: str, param: str | None) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    if status == 413:
+        code = RequestTooLargeError.code
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
 def _path(problem: dict[str, Any]) -> str:
-    return ".".join(str(part) for part in problem["loc"] if part != "body")
+    """Where the problem is, as the client wrote it: without the names of the forms that a field can have."""
+    parts = [part for part in problem["loc"] if part != "body"]
+    kept = [str(part) for before, part in zip([None, *parts], parts, strict=False) if (before, part) not in _FORMS]
+    return ".".join(kept)
 
 
 def _describe(problem: dict[str, Any]) -> str:
@@ -114,7 +160,8 @@ def _describe(problem: dict[str, Any]) -> str:
         nearest = difflib.get_close_matches(path, known, n=1)
         return f"unknown field {path!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
     if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+        where = f"{path}: " if path else ""
+        return f"{where}{problem['ctx']['error']}"
     if not path:
         return "expected a JSON object with the header 'Content-Type: application/json'"
     return f"{path}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

@@ -5,11 +5,13 @@ from collections.abc import AsyncGenerator
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client as get_serve_client
 from ray.serve.handle import DeploymentHandle
 
 from valley_ray.serve.api import Backend, build_api
 from valley_ray.serve.calls import unwrapped
 from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.keys import Keys, check_exposure
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
 
 
@@ -17,11 +19,14 @@ from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
 class Ingress:
     """One HTTP front; replicas share nothing."""
 
-    def __init__(self, config: ServeConfig, decoder: DeploymentHandle) -> None:
-        self._config, self._decoder = config, decoder.options(stream=True)
+    def __init__(self, config: ServeConfig, decoder: DeploymentHandle, keys: Keys) -> None:
+        check_exposure(_listening_host(), keys, allow_no_keys=config.allow_no_keys)
+        self._config, self._keys, self._decoder = config, keys, decoder.options(stream=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._config, Backend(answer=self._answer, put=ray.put))
+        backend = Backend(answer=self._answer, put=ray.put)
+        # Serve's proxy puts x-request-id on responses by itself.
+        return build_api(self._config, backend, keys=self._keys, sends_request_id=False)
 
     async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         with unwrapped():
@@ -31,3 +36,9 @@ class Ingress:
                     yield delta
             finally:
                 deltas.cancel()
+
+
+def _listening_host() -> str:
+    """The address that Serve's proxies listen on; a YAML names it where the application cannot see it."""
+    host: str | None = get_serve_client().http_config.host
+    return host or "0.0.0.0"

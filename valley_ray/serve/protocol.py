@@ -1,151 +1,37 @@
-"""The HTTP schema (OpenAI chat completions) and the dataclasses handed between deployments.
-
-The schema is closed: a field that would change the answer and is not supported is refused by name. Fields that OpenAI
-clients may send and that change nothing about an answer are taken and ignored: `user`, `metadata`, `store`,
-`service_tier`, `safety_identifier`, `prompt_cache_key`, a message's `name`, an image's `detail`. Fields whose "off"
-value clients may spell out (`n: 1`, zero penalties, ...) are taken at that value alone.
-"""
+"""The dataclasses handed between deployments. What comes in and goes out over HTTP: chat_request.py, chat_reply.py."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ValidationError
 
 from valley_ray.chat.conversation import Conversation, MediaKind
 from valley_ray.engine.engine import FinishReason, SamplingParams
+from valley_ray.errors import SamplingError
 from valley_ray.media.sampling import FrameSampling
 
 
-class Schema(BaseModel):
-    """Base of everything that comes in over HTTP: frozen and closed."""
+@dataclass(frozen=True)
+class FrameWish:
+    """What a request says about the frames of a video; None: the server's default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    num_frames: int | None = None
+    fps: float | None = None
+    start_s: float | None = None
+    end_s: float | None = None
 
-
-class MediaUrl(Schema):
-    """Where media is: a data: URI, or a path or file:// URI under one of the server's `allow_roots`."""
-
-    url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high"] | None = None
-    """Ignored."""
-
-
-class TextPart(Schema):
-    """Text inside a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class VideoPart(Schema):
-    """A video inside a message."""
-
-    type: Literal["video_url"]
-    video_url: MediaUrl
-
-
-class ImagePart(Schema):
-    """An image inside a message."""
-
-    type: Literal["image_url"]
-    image_url: MediaUrl
-
-
-ContentPart = Annotated[TextPart | VideoPart | ImagePart, Field(discriminator="type")]
-
-
-def _form_of_content(content: object) -> str:
-    return "string" if isinstance(content, str) else "parts"
-
-
-class ChatMessage(Schema):
-    """One turn."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("string")] | Annotated[list[ContentPart], Tag("parts")], Discriminator(_form_of_content)
-    ]
-    name: str | None = None
-    """Ignored."""
-
-
-class StreamOptions(Schema):
-    """What a stream carries beside text."""
-
-    include_usage: bool = False
-    """A last chunk with the token counts."""
-
-
-class ResponseFormat(Schema):
-    """Plain text is the only form."""
-
-    type: Literal["text"]
-
-
-MAX_STOPS = 4
-"""As OpenAI's API."""
-
-StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class ChatCompletionRequest(Schema):
-    """Body of `POST /v1/chat/completions`."""
-
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    """OpenAI's newer name of `max_tokens`."""
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    """None and 0: greedy. OpenAI's own default of 1 is for essays; questions about a video have an answer."""
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    """0: off. Not in OpenAI's schema."""
-    seed: int | None = None
-    """None: 0. The same request gives the same answer on any replica."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    """Texts that end the answer where they begin, beside the model's own."""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    num_frames: int | None = Field(default=None, ge=1)
-    """Frames taken from each video. Not in OpenAI's schema."""
-    fps: float | None = Field(default=None, gt=0, le=1000, allow_inf_nan=False)
-    """Frames per second taken from each video, instead of `num_frames`. Not in OpenAI's schema."""
-
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    response_format: ResponseFormat | None = None
-
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "ChatCompletionRequest":
-        if self.num_frames is not None and self.fps is not None:
-            raise ValueError("send num_frames or fps, not both")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("send max_tokens or max_completion_tokens, not both")
-        return self
-
-    @property
-    def token_limit(self) -> int | None:
-        """The most new tokens the client wants."""
-        return self.max_tokens or self.max_completion_tokens
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def over(self, default: FrameSampling) -> FrameSampling:
+        """`default` with what is wished; raises SamplingError where the two form no window."""
+        values: dict[str, Any] = default.model_dump()
+        if self.num_frames is not None or self.fps is not None:
+            values |= {"num_frames": self.num_frames, "fps": self.fps}
+        if self.start_s is not None or self.end_s is not None:
+            values |= {"start_s": self.start_s, "end_s": self.end_s}
+        try:
+            return FrameSampling(**values)
+        except ValidationError as error:
+            raise SamplingError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
 
 
 @dataclass(frozen=True)
@@ -171,8 +57,8 @@ class AnswerRequest:
     conversation: Conversation
     media: tuple[MediaRef, ...]
     """One per mark of the conversation, in order."""
-    sampling: FrameSampling | None
-    """None: the server's default."""
+    frames: tuple[FrameWish, ...]
+    """One per piece of media: which frames of it."""
     params: SamplingParams
     fit_max_tokens: bool
     """The client named no limit: lower `max_tokens` to what fits."""
@@ -180,6 +66,24 @@ class AnswerRequest:
     """Deltas as they become certain, or one at the end."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the model's own."""
+
+
+@dataclass(frozen=True)
+class TokenChance:
+    """A token that may stand at a position, and how likely it is."""
+
+    text: str
+    utf8: bytes | None
+    """The token's own bytes, perhaps a part of a character; None where the tokenizer does not tell."""
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob(TokenChance):
+    """A token of an answer."""
+
+    top: tuple[TokenChance, ...] = ()
+    """The likeliest tokens at its position, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -191,3 +95,8 @@ class AnswerDelta:
     num_tokens: int
     """New tokens so far, the stop token included."""
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The tokens since the last delta (without the stop token), where the request asked for them. Text may come a
+    delta later than its tokens do."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed anew."""

@@ -54,7 +54,7 @@ def test_adapter_beside_pickled_weights_does_not_hide_them(tmp_path: Path) -> No
 
 def test_paths_become_absolute_and_the_name_is_the_folders(tiny_valley: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_valley.parent)
-    config = _check({"model": tiny_valley.name, "allow_roots": ["runs"]})
+    config, _ = _check({"model": tiny_valley.name, "allow_roots": ["runs"]})
     assert config.model == tiny_valley
     assert config.served_name == tiny_valley.name
     assert config.allow_roots == (tiny_valley.parent / "runs",)

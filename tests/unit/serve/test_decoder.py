@@ -17,7 +17,7 @@ QUESTION = Conversation((Message("user", "What is moving?"),))
 
 
 def answered(decoder: LanguageDecoder, *, stream: bool, stop: tuple[str, ...] = ()) -> list[AnswerDelta]:
-    request = AnswerRequest("r", QUESTION, (), None, SamplingParams(max_tokens=24), False, stream, stop)
+    request = AnswerRequest("r", QUESTION, (), (), SamplingParams(max_tokens=24), False, stream, stop)
 
     async def read() -> list[AnswerDelta]:
         return [delta async for delta in decoder.answer(request)]
