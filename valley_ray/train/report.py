@@ -117,6 +117,8 @@ def _warnings(report: RunReport) -> Iterator[str]:
     if config.data.mode == "overlap" and data.failures:
         share = sum(data.failures.values()) / (len(data.lengths) + sum(data.failures.values()))
         yield f"about {share:.0%} of the records cannot be trained on; see above"
+    if config.use_gpu and not _has_gpu():
+        yield "use_gpu is on and this machine has no GPU: start it on a cluster that has some, or set use_gpu=false"
     memory = report.memory[(config.zero_stage, config.offload)]
     room, name = _room(config)
     if room is not None and memory.total > room:
@@ -129,9 +131,15 @@ def _room(config: TrainConfig) -> tuple[float | None, str]:
 
     if not config.use_gpu:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / config.min_workers, "this machine"
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         return None, ""
     return float(torch.cuda.get_device_properties(0).total_memory), "its GPU"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _largest(
