@@ -1,18 +1,17 @@
 """The report in a real browser: on a phone and on a desk, in light and in dark, with texts that wish it ill."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_checks import CONTRASTS, WIDER, opened_browser
 from report_tables import clip, clips_table, failed_clip, sample, samples_table, turn, write_shard
 
 from valley_ray.data.report import write_report
 
 pytestmark = pytest.mark.browser
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TEXTS = [
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">",
     "W" * 10_000,
@@ -22,43 +21,12 @@ TEXTS = [
     "Z̸̡̢̛͇͓͈̫̣̗̭̠̜̞̗̖̤̤̪̲̪̖̱̭͓̪̐̾̏̐̀̌̈́͗͑̇̃͗͝͠ algo " * 30,
     "多" * 2000,
 ]
-CONTRASTS = """() => {
-  const parse = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = element => {
-    for (let one = element; one; one = one.parentElement) {
-      const colour = parse(getComputedStyle(one).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const bad = [];
-  for (const element of document.querySelectorAll('body *')) {
-    if (![...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
-    const [a, b] = [light(parse(getComputedStyle(element).color)), light(behind(element))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) bad.push([element.tagName, element.className, ratio]);
-  }
-  return bad;
-}"""
-WIDER = """() => [...document.querySelectorAll('body *')].filter(element => {
-  const box = element.getBoundingClientRect();
-  return !element.closest('.scroll, .skip') && box.width && (box.right > innerWidth + 1 || box.left < -1);
-}).map(element => element.tagName + '.' + element.className)"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser here ({', '.join(BROWSERS)})")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+    with opened_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

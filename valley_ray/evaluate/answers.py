@@ -13,12 +13,14 @@ import dataclasses
 import hashlib
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from valley_ray.data.commit import exclusive
 from valley_ray.data.decoding import decode_stage
@@ -31,7 +33,7 @@ from valley_ray.data.windows import Outcome, known_outcomes, remove_leftovers
 from valley_ray.errors import CheckpointError
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.evaluate.kinds import read_kinds
-from valley_ray.evaluate.ledger import Answer, read_folder
+from valley_ray.evaluate.ledger import CLIPS_TYPE, read_status, read_table
 from valley_ray.evaluate.questions import QUESTIONS_SCHEMA, read_questions
 from valley_ray.evaluate.stages import TASK_SCHEMA, AnswerStage, LookStage, place_of
 
@@ -47,11 +49,14 @@ ANSWERS_SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("num_prompt_tokens", pa.int32()),
         ("num_new_tokens", pa.int32()),
-        ("clips", pa.list_(pa.struct([("shard", pa.string()), ("row", pa.int32())]))),
+        ("clips", CLIPS_TYPE),
     ]
 )
 """answers: the questions with what came of them. status: ok or failed; prediction is null where it is failed. clips:
 where the frames lie that were shown."""
+
+_BATCH_ROWS = 4096
+"""Rows that are Python objects at a time."""
 
 Statuses = Sequence[dict[str, Any]]
 """Rows of STATUS_SCHEMA."""
@@ -122,7 +127,7 @@ def answer(
             for statuses in work.on_ray(blocks) if on_ray else work.here(blocks):
                 if progress is not None:
                     progress.count(statuses)
-        table = _joined(questions, keys, read_folder(work.directory))
+        table = _joined(questions, keys, read_table(work.directory))
     return AnswerSet(table, clips, shards_dir, num_asked, time.perf_counter() - start)
 
 
@@ -141,9 +146,11 @@ class Work:
         processor = ValleyProcessor.from_pretrained(model)
         sampling = settings.sampling if settings.sampling is not None else processor.sampling
         self._settings, self._clips = settings, clips
-        decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling)
+        self._again = uuid.uuid4().hex if settings.retry_failed else ""
+        decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling, again=self._again)
         remove_leftovers(shards_dir)
-        self._known = known_outcomes(shards_dir, clips, decode.fingerprint)
+        known = known_outcomes(shards_dir, clips, decode.fingerprint)
+        self._known = {name: one for name, one in known.items() if one["status"] == OK} if self._again else known
         self.directory = output / ANSWERS_DIR / _run_key(settings, model, processor, decode.fingerprint)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_journals(self.directory)
@@ -157,17 +164,19 @@ class Work:
         """
         columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
         clips = {clip["clip_id"]: clip for clip in self._clips.select(columns).to_pylist()}
-        there = read_folder(self.directory)
-        keys, left = [], []
-        for row in questions.to_pylist():
-            keys.append(_key(row, clips))
-            if row["status"] == PENDING and keys[-1] not in there:
-                left.append({"key": keys[-1], "messages": row["messages"], "clip_ids": row["clip_ids"]})
-        place_of_clip = {clip_id: place for place, clip_id in enumerate(clips)}
-        left.sort(key=lambda row: place_of_clip[row["clip_ids"][0]] if row["clip_ids"] else -1)
-        size = self._settings.block_size
-        parts = [left[first : first + size] for first in range(0, len(left), size)]
-        return keys, [self._block(number, part, clips) for number, part in enumerate(parts)]
+        there = read_status(self.directory)
+        done = {key for key, status in there.items() if status == OK or not self._again}
+        first_of = {clip_id: place for place, clip_id in enumerate(clips)}
+        keys: list[str] = []
+        left: list[tuple[int, int]] = []
+        for batch in questions.to_batches(max_chunksize=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                keys.append(_key(row, clips))
+                if row["status"] == PENDING and keys[-1] not in done:
+                    left.append((first_of[row["clip_ids"][0]] if row["clip_ids"] else -1, len(keys) - 1))
+        rows, size = [row for _, row in sorted(left)], self._settings.block_size
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        return keys, [self._block(number, part, questions, keys, clips) for number, part in enumerate(parts)]
 
     def here(self, blocks: Iterable[pa.Table]) -> Iterator[Statuses]:
         """Answer in this process."""
@@ -182,14 +191,23 @@ class Work:
 
         return answer_blocks(blocks, self.look, self.answer_arguments, self._settings)
 
-    def _block(self, number: int, rows: Sequence[Mapping[str, Any]], clips: Mapping[str, Outcome]) -> pa.Table:
-        digest = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=8).hexdigest()
+    def _block(
+        self,
+        number: int,
+        rows: Sequence[int],
+        questions: pa.Table,
+        keys: Sequence[str],
+        clips: Mapping[str, Outcome],
+    ) -> pa.Table:
+        named = "".join(keys[row] for row in rows) + self._again
+        name = f"block-{hashlib.blake2b(named.encode(), digest_size=8).hexdigest()}"
         table = []
-        for row in rows:
-            ids = dict.fromkeys(row["clip_ids"])
+        taken = questions.select(["messages", "clip_ids"]).take(pa.array(rows, pa.int64())).to_pylist()
+        for row, question in zip(rows, taken, strict=True):
+            ids = dict.fromkeys(question["clip_ids"])
             undecoded = [{**clips[one], "window": number, "block": 0} for one in ids if one not in self._known]
             places = [place_of(self._known[one]) for one in ids if one in self._known]
-            table.append({"block": f"block-{digest}", **row, "undecoded": undecoded, "places": places})
+            table.append({"block": name, "key": keys[row], **question, "undecoded": undecoded, "places": places})
         return pa.Table.from_pylist(table, schema=TASK_SCHEMA)
 
 
@@ -213,15 +231,21 @@ def _run_key(settings: AnswerSettings, model: Path, processor: "ValleyProcessor"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _joined(questions: pa.Table, keys: Sequence[str], answers: Mapping[str, Answer]) -> pa.Table:
-    """Questions with their answers, one for one."""
-    rows = []
-    for row, key in zip(questions.to_pylist(), keys, strict=True):
-        if row["status"] == PENDING:
-            assert key in answers, f"no answer came to {row['sample_id']} turn {row['turn']}"
-            row |= answers[key]
-        rows.append(row)
-    table = pa.Table.from_pylist(rows, schema=ANSWERS_SCHEMA)
+def _joined(questions: pa.Table, keys: Sequence[str], answers: pa.Table) -> pa.Table:
+    """Questions with their answers (LEDGER_SCHEMA, each key once), one for one."""
+    place_of_key = {key: place for place, key in enumerate(answers["key"].to_pylist())}
+    is_asked = [status == PENDING for status in questions["status"].to_pylist()]
+    missing = [row for row, key in enumerate(keys) if is_asked[row] and key not in place_of_key]
+    assert not missing, f"no answer came to {len(missing)} questions, row {missing[0]} is the first"
+    places = [place_of_key[key] if asked else None for key, asked in zip(keys, is_asked, strict=True)]
+    taken = answers.take(pa.array(places, pa.int64()))
+    columns = [
+        pc.coalesce(taken[field.name], questions[field.name])
+        if field.name in ("status", "error_class", "error")
+        else (questions if field.name in questions.column_names else taken)[field.name]
+        for field in ANSWERS_SCHEMA
+    ]
+    table = pa.table(columns, schema=ANSWERS_SCHEMA)
     counts = Counter(table["status"].to_pylist())
     assert counts[OK] + counts[FAILED] == questions.num_rows, f"rows lost: {counts}"
     return table

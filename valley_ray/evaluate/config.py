@@ -38,6 +38,8 @@ class AnswerSettings(DecodeSettings):
     again. None: `shards` in output."""
     block_size: int = Field(default=64, ge=1)
     """Questions per task: their clips are one shard, and a node that dies costs at most the answers under way."""
+    retry_failed: bool = False
+    """Decode clips and ask questions again that failed in an earlier run: after a net was down, or with more memory."""
 
     max_tokens: int = Field(default=128, ge=1)
     """Longest answer; shorter where the model's context ends."""

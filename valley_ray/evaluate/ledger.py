@@ -10,10 +10,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import pyarrow as pa
+
+from valley_ray.data.schema import OK
 from valley_ray.errors import StorageError
 
+CLIPS_TYPE = pa.list_(pa.struct([("shard", pa.string()), ("row", pa.int32())]))
+"""Where the frames lie that were shown."""
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("prediction", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_prompt_tokens", pa.int32()),
+        ("num_new_tokens", pa.int32()),
+        ("clips", CLIPS_TYPE),
+        ("status", pa.string()),
+        ("error_class", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
 Answer = dict[str, Any]
-"""key, prediction, finish_reason, num_prompt_tokens, num_new_tokens, clips, status, error_class, error."""
+"""One line: a row of LEDGER_SCHEMA, or another thing with a `key` that its reader knows."""
 
 
 class LedgerWriter:
@@ -59,13 +79,28 @@ def read_answers(path: Path) -> dict[str, Answer]:
     return answers
 
 
-def read_folder(directory: Path) -> dict[str, Answer]:
-    """The answers of all files of a folder by their key."""
-    answers: dict[str, Answer] = {}
+def read_status(directory: Path) -> dict[str, str]:
+    """Status by key over all files of a folder; ok where any of them says so."""
+    found: dict[str, str] = {}
     for path in sorted(directory.glob("*.jsonl")):
         for key, answer in read_answers(path).items():
-            answers.setdefault(key, answer)
-    return answers
+            if found.get(key) != OK:
+                found[key] = answer["status"]
+    return found
+
+
+def read_table(directory: Path) -> pa.Table:
+    """The answers of all files of a folder (LEDGER_SCHEMA), each key once: one that is ok, else the first."""
+    wanted, seen = read_status(directory), set()
+    parts = [LEDGER_SCHEMA.empty_table()]
+    for path in sorted(directory.glob("*.jsonl")):
+        rows = []
+        for key, answer in read_answers(path).items():
+            if key not in seen and answer["status"] == wanted[key]:
+                seen.add(key)
+                rows.append(answer)
+        parts.append(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
+    return pa.concat_tables(parts)
 
 
 def _ends_with_a_line(path: Path) -> bool:

@@ -15,6 +15,7 @@ from valley_ray.evaluate.answers import AnswerSet
 from valley_ray.evaluate.bertscore import BertScore
 from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.evaluate.judge import Case, judge
+from valley_ray.evaluate.ledger import CLIPS_TYPE
 from valley_ray.evaluate.metrics import COLUMNS, is_measured, row_metrics, summarize, summarize_by
 from valley_ray.evaluate.questions import question_of
 
@@ -39,7 +40,7 @@ PREDICTIONS_SCHEMA = pa.schema(
         ("num_prompt_tokens", pa.int32()),
         ("num_new_tokens", pa.int32()),
         ("clip_ids", pa.list_(pa.string())),
-        ("clips", pa.list_(pa.struct([("shard", pa.string()), ("row", pa.int32())]))),
+        ("clips", CLIPS_TYPE),
         ("status", pa.string()),
         ("error_class", pa.string()),
         ("error", pa.string()),

@@ -117,6 +117,19 @@ def test_answers_of_another_model_or_other_settings_are_others(
     assert len(list((output / ANSWERS_DIR).iterdir())) == 2
 
 
+def test_what_failed_is_asked_again_on_request_and_then_counts(tiny_valley: Path, tmp_path: Path) -> None:
+    records = make_records(tmp_path / "set")
+    output = tmp_path / "out"
+    answer(settings(records), tiny_valley, output, on_ray=False)
+    good = (records.parent / "0.mp4").read_bytes()
+    (records.parent / "missing.mp4").write_bytes(good)
+    again = answer(settings(records, retry_failed=True), tiny_valley, output, on_ray=False)
+    assert (again.num_answered, again.by_status) == (2, {"ok": 10, "failed": 2})
+    assert predictions(again)["missing"] is not None
+    after = answer(settings(records), tiny_valley, output, on_ray=False)
+    assert (after.num_answered, after.by_status) == (0, {"ok": 10, "failed": 2})
+
+
 def test_a_changed_question_is_asked_again_and_the_others_are_not(tiny_valley: Path, tmp_path: Path) -> None:
     records = make_records(tmp_path / "set")
     answer(settings(records), tiny_valley, tmp_path / "out", on_ray=False)

@@ -1,0 +1,61 @@
+"""jobs/evaluate.py: help, and mistakes in one line before Ray starts."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from asked import make_records
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def job() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_job", ROOT / "jobs" / "evaluate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_help_says_what_it_does(job: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--help"]) == 0
+    assert "predictions.parquet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sources=[{path: none.json}]"], "no such file"),
+        (["sources=[{path: records.json}]", "model=nowhere"], "is no model folder"),
+        (["sources=[{path: records.json}]", "metric=[bleu]"], "unknown key 'metric'; did you mean 'metrics'?"),
+        (["sources=[{path: records.json}]", "metrics=[blue]"], "metrics.0='blue'"),
+        (["sources=[{path: records.json}]", "best=bertscore"], "best='bertscore' is none of the metrics"),
+        (["sources=[{path: records.json}]", "top_p=0.5"], "set temperature or drop top_p"),
+        (["a.yaml", "b.yaml"], "got a.yaml and b.yaml; drop one"),
+        (["none.yaml"], "cannot read configuration none.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(
+    job: ModuleType,
+    words: list[str],
+    said: str,
+    tiny_valley: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_records(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VALLEY_STORAGE", str(tmp_path))
+    monkeypatch.setattr(job, "connect", lambda: pytest.fail("Ray was started"))
+    model = (
+        [] if any(word.startswith("model=") or word.endswith(".yaml") for word in words) else [f"model={tiny_valley}"]
+    )
+    assert job.main([*words, *model]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("evaluate: error: ")
+    assert said in captured.err
