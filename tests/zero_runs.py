@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -15,15 +16,17 @@ from train_batches import KINDS, BatchMaker
 from valley_ray.data.shards import Sample
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.lora import LoraSettings, add_lora
+from valley_ray.train import zero
 from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.feed import FeatureCache, StepBatches
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import ParameterGroup, learning_rate_scale, prepare_stage
 from valley_ray.train.step import Stepper, StepResult
 from valley_ray.train.trainable import TowerAndCore, trainable_module
-from valley_ray.train.zero import DTYPES, Applied, ZeroEngine, build_engine
+from valley_ray.train.zero import DTYPES, Applied, ZeroEngine
 
 NUM_STEPS = 10
+DEEPSPEED_SETTINGS = zero.deepspeed_settings
 CPU = torch.device("cpu")
 
 Slots = list[list[Sample]]
@@ -119,6 +122,15 @@ class KeepingEngine(ZeroEngine):
         return super().step(scale)
 
 
+def _settings_without_thresholds(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """DeepSpeed's settings, by which ZeRO-3 would keep every weight of a tiny model on every rank: here it gathers each
+    one when it is used, and lets go of it again."""
+    settings = DEEPSPEED_SETTINGS(*arguments, **options)
+    names = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    settings["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+    return settings
+
+
 @dataclass(frozen=True)
 class Run:
     """What the workers do with a case."""
@@ -150,7 +162,8 @@ def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path) 
         parts = [range(run.resumes_at), range(run.resumes_at, len(batches))]
     for part in parts:
         model, groups = open_stage(run.case, folder)
-        engine = build_engine(trainable_module(model, stage, config), groups, config, stage, world=world)
+        with mock.patch.object(zero, "deepspeed_settings", _settings_without_thresholds):
+            engine = zero.build_engine(trainable_module(model, stage, config), groups, config, stage, world=world)
         if run.num_patterns:
             engine = KeepingEngine(engine.engine, engine.groups, engine.zero_stage, kept)
         if part.start:

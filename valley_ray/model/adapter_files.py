@@ -29,12 +29,18 @@ EXTRAS = "non_lora_trainables.safetensors"
 BASE_LAYER = ".base_layer."
 """What peft since 0.6 puts into the name of a weight under an adapter."""
 
+MAGNITUDE = "magnitude_vector"
+"""DoRA's part of a pair."""
+
 Pairs = dict[str, dict[str, torch.Tensor]]
-"""`{"A": [r, D_in], "B": [D_out, r]}` by the name of the layer."""
+"""`{"A": [r, D_in], "B": [D_out, r]}` by the name of the layer, and with DoRA `"magnitude_vector": [D_out]`."""
 
-_PART = re.compile(r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+_PART = re.compile(
+    r"^(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:(?P<part>[AB])(?:\.default)?\.weight"
+    rf"|(?P<{MAGNITUDE}>{MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
+)
 
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+_UNSUPPORTED = ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def split_adapter(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
         if match is None:
             rest[name.replace(BASE_LAYER, ".")] = tensor
         else:
-            pairs.setdefault(match["layer"], {})[match["part"]] = tensor
+            pairs.setdefault(match["layer"], {})[match["part"] or MAGNITUDE] = tensor
     return rest, pairs
 
 
@@ -84,7 +90,7 @@ def read_adapter(folder: Path, pairs: Pairs | None = None, *, allow_bin: bool = 
         others, pairs = split_adapter(read_weights(files))
         if others:
             raise CheckpointError(f"{source}: {listed('unexpected', others)[0]}; expected LoRA matrices alone")
-    _check_pairs(pairs, int(config["r"]), source)
+    _check_pairs(pairs, int(config["r"]), source, has_magnitudes=bool(config.get("use_dora")))
     extras = read_weights([folder / EXTRAS]) if (folder / EXTRAS).is_file() else {}
     return Adapter(folder, config, pairs, extras)
 
@@ -104,8 +110,10 @@ def merge_adapter(state: dict[str, torch.Tensor], adapter: Adapter) -> dict[str,
     merged = dict(state)
     for layer, pair in adapter.pairs.items():
         weight = state[f"{LANGUAGE_MODEL}{layer}.weight"]
-        update = adapter.scaling * (pair["B"].float() @ pair["A"].float())
-        merged[f"{LANGUAGE_MODEL}{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+        whole = weight.float() + adapter.scaling * (pair["B"].float() @ pair["A"].float())
+        if MAGNITUDE in pair:
+            whole *= (pair[MAGNITUDE].float() / whole.norm(dim=1))[:, None]
+        merged[f"{LANGUAGE_MODEL}{layer}.weight"] = whole.to(weight.dtype)
     if not adapter.extras and not (adapter.folder / "config.json").is_file():
         logger.warning("%s has no %s: projector and token table are those of its base", adapter.folder, EXTRAS)
     return merged | {f"core.{name}": tensor for name, tensor in adapter.extras.items()}
@@ -133,6 +141,8 @@ def _odd_shapes(pairs: Pairs, shapes: dict[str, torch.Size]) -> Iterable[str]:
         for part in "AB":
             if came[part] != expected[part]:
                 yield f"{layer}.lora_{part} (expected width {expected[part]}, got {came[part]})"
+        if MAGNITUDE in pairs[layer] and len(pairs[layer][MAGNITUDE]) != expected["B"]:
+            yield f"{layer}.lora_{MAGNITUDE} (expected width {expected['B']}, got {len(pairs[layer][MAGNITUDE])})"
 
 
 def _is_target(layer: str, targets: str | list[str]) -> bool:
@@ -158,10 +168,11 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: expected names of layers under target_modules, got {targets!r}")
 
 
-def _check_pairs(pairs: Pairs, rank: int, source: Path) -> None:
+def _check_pairs(pairs: Pairs, rank: int, source: Path, *, has_magnitudes: bool) -> None:
     if not pairs:
         raise CheckpointError(f"{source} holds no LoRA matrices; copy the adapter's weights too")
-    halves = [f"{layer}.lora_{part}" for layer, pair in pairs.items() for part in "AB" if part not in pair]
+    expected = ("A", "B", MAGNITUDE) if has_magnitudes else ("A", "B")
+    halves = [f"{layer}.lora_{part}" for layer, pair in pairs.items() for part in expected if part not in pair]
     if halves:
         raise CheckpointError(f"{source}: {listed('missing', halves)[0]}; copy the file again")
     for layer, pair in pairs.items():

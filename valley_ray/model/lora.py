@@ -3,8 +3,9 @@
 Tower, projector, pooling and token tables are never adapted; what is trained of them is saved beside the adapter.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -13,8 +14,8 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from valley_ray.config import Config
-from valley_ray.errors import CheckpointError
-from valley_ray.model.adapter_files import EXTRAS, Adapter, check_fit, read_adapter
+from valley_ray.errors import CheckpointError, ConfigError
+from valley_ray.model.adapter_files import EXTRAS, MAGNITUDE, Adapter, check_fit, read_adapter
 from valley_ray.model.core import ValleyCore
 
 ADAPTER_NAME = "default"
@@ -35,19 +36,26 @@ class LoraSettings(Config):
     """Of what enters the adapter, while training."""
     target_modules: tuple[str, ...] = Field(DECODER_PROJECTIONS, min_length=1)
     """Names of the language model's linear layers, or their last parts."""
+    use_dora: bool = False
+    """DoRA (arXiv 2402.09353): a magnitude per output is trained beside the matrices; slower, often better at low r."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: QLoRA (arXiv 2305.14314): while an adapter is trained, the layers under it hold 4 bits per weight (needs the
+    extra `qlora`). It is merged into the weights as they were."""
 
 
-def add_lora(core: ValleyCore, settings: LoraSettings) -> None:
+def add_lora(core: ValleyCore, settings: LoraSettings, *, quantized: bool = False) -> None:
     """Put a fresh adapter into `core.language_model`, in place; it changes nothing before it is trained.
 
     The language model's own weights are frozen, LoRA's are trainable; projector, pooling and tables are as before.
+    With `quantized`, the layers under the adapter are rounded first, as `settings.quantize` says.
 
     Raises:
         CheckpointError: there is an adapter already, or no layer is called as `settings` says.
+        ConfigError: `settings.quantize` without bitsandbytes.
     """
     _refuse_second(core)
     layers = _linear_layers(core)
-    absent = [name for name in settings.target_modules if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    absent = [name for name in settings.target_modules if not any(_ends_with(layer, [name]) for layer in layers)]
     if absent:
         raise CheckpointError(
             f"target_modules: the language model has no linear layer called {', '.join(absent)}; "
@@ -59,7 +67,10 @@ def add_lora(core: ValleyCore, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
         task_type="CAUSAL_LM",
+        use_dora=settings.use_dora,
     )
+    if quantized and settings.quantize is not None:
+        _quantize(core, [name for name in layers if _ends_with(name, settings.target_modules)])
     _inject(core, config)
 
 
@@ -80,6 +91,8 @@ def load_adapter(core: ValleyCore, folder: str | Path, *, allow_bin: bool = True
     for layer, pair in adapter.pairs.items():
         modules[layer].lora_A[ADAPTER_NAME].weight.copy_(pair["A"])
         modules[layer].lora_B[ADAPTER_NAME].weight.copy_(pair["B"])
+        if MAGNITUDE in pair:
+            modules[layer].lora_magnitude_vector[ADAPTER_NAME].weight.copy_(pair[MAGNITUDE])
     for name, tensor in extras.items():
         core.get_parameter(name).copy_(tensor)
 
@@ -103,6 +116,10 @@ def save_adapter(core: ValleyCore, folder: str | Path, *, adapter_only: bool = F
         for layer, module in modules.items()
         for part in "AB"
     }
+    for layer, module in modules.items():
+        if ADAPTER_NAME in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[ADAPTER_NAME].weight
+            matrices[f"base_model.model.{layer}.lora_magnitude_vector"] = magnitude
     save_file(_contiguous(matrices), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     if not adapter_only:
         save_file(_contiguous(_extras(core)), folder / EXTRAS, metadata={"format": "pt"})
@@ -124,7 +141,36 @@ def merge_lora(core: ValleyCore) -> None:
 
 def _inject(core: ValleyCore, config: LoraConfig) -> None:
     """peft freezes everything that it is given but LoRA, and keeps a field for itself in the model."""
-    inject_adapter_in_model(config, core.language_model, adapter_name=ADAPTER_NAME)
+    model = core.language_model
+    # What peft asks the model before it looks at its layers.
+    model.is_loaded_in_4bit = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+    finally:
+        del model.is_loaded_in_4bit
+
+
+def _quantize(core: ValleyCore, layers: list[str]) -> None:
+    """Replace linear layers by ones that keep their weights in NF4."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise ConfigError(
+            "lora.quantize=nf4 needs bitsandbytes, which is not installed; pip install 'valley-ray[qlora]'"
+        ) from error
+    # Rounded where it is fast, one layer after the other; the core's own move to that device comes later.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        plain = core.language_model.get_submodule(name)
+        layer = Linear4bit(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
+        layer.weight = Params4bit(plain.weight.detach(), requires_grad=False, quant_type="nf4", module=layer)
+        layer.bias = plain.bias
+        setattr(core.language_model.get_submodule(parent), child, layer.to(device))
+
+
+def _ends_with(layer: str, names: Iterable[str]) -> bool:
+    return any(f".{layer}".endswith(f".{name}") for name in names)
 
 
 def _refuse_second(core: ValleyCore) -> None:
@@ -144,7 +190,7 @@ def _peft_config(adapter: Adapter) -> LoraConfig:
     """Names of layers as they are in the file: a pattern could match more of this model."""
     known = {
         name: adapter.config[name]
-        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "task_type")
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "task_type")
         if name in adapter.config
     }
     return LoraConfig(**known, target_modules=sorted(adapter.pairs))

@@ -40,7 +40,7 @@ def put_trained(
 
     settings = validate_config(LoraSettings, dict(lora or {}), source="lora")
     try:
-        add_lora(model.core, settings)
+        add_lora(model.core, settings, quantized=adapt)
     except CheckpointError as error:
         raise ConfigError(f"lora: {error}") from error
     _copy(model, {name: value for name, value in trained.items() if name not in known})

@@ -59,8 +59,8 @@ def trainable_module(model: ValleyForConditionalGeneration, stage: StageConfig, 
     model.vision_tower.train(trains_tower)
     model.core.train()
     if config.gradient_checkpointing:
-        # ZeRO-3 empties weights between the passes, which the other kind takes for weights that have changed.
-        options = {"use_reentrant": config.zero_stage == 3}
+        # The reentrant kind gives a trained tower wrong gradients under ZeRO-3.
+        options = {"use_reentrant": False}
         for part in (model.core.language_model, *((model.vision_tower,) if trains_tower else ())):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return TowerAndCore(model) if trains_tower else model.core

@@ -106,7 +106,8 @@ class ZeroEngine:
 
         if parameter.dtype != torch.float32:
             shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-            return safe_get_full_fp32_param(parameter).detach().view(shape).to("cpu", copy=True)
+            full: torch.Tensor = safe_get_full_fp32_param(parameter)
+            return full.detach().view(shape).to("cpu", copy=True)
         with _gathered(parameter, self.zero_stage):
             return parameter.detach().to("cpu", copy=True)
 

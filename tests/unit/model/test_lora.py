@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from valley_ray.errors import CheckpointError
+from valley_ray.errors import CheckpointError, ConfigError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.checkpoint import their_name
 from valley_ray.model.lora import LoraSettings, add_lora, load_adapter, merge_lora, save_adapter
@@ -161,7 +162,7 @@ BAD_ADAPTERS = [
     (edit_config(r=0), "expected numbers above 0 under r"),
     (edit_config(lora_alpha="x"), "expected numbers above 0 under r and lora_alpha"),
     (edit_config(peft_type="LOHA"), "expected peft_type 'LORA', got 'LOHA'"),
-    (edit_config(use_dora=True, bias="all"), "use_dora, bias is not supported"),
+    (edit_config(fan_in_fan_out=True, bias="all"), "fan_in_fan_out, bias is not supported"),
     (edit_config(modules_to_save=["lm_head"]), "modules_to_save is not supported"),
     (edit_config(target_modules=None), "under target_modules, got None"),
     (edit_weights(dict.clear), "holds no LoRA matrices"),
@@ -210,3 +211,38 @@ def test_settings_and_cores_that_do_not_fit(upstream_folder: Path, tmp_path: Pat
     add_lora(core, LoraSettings())
     with pytest.raises(CheckpointError, match="has a LoRA adapter already"):
         add_lora(core, LoraSettings())
+
+
+def test_dora_is_saved_opened_and_merged_with_its_magnitudes(upstream_folder: Path, tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        folder, saved = upstream_folder.parent / name, tmp_path / f"dora-{name}"
+        model = opened(folder)
+        plain = logits(model)
+        add_lora(model.core, LoraSettings(r=4, dropout=0.0, use_dora=True))
+        torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            for parameter_name, parameter in model.core.named_parameters():
+                if "lora_" in parameter_name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = logits(model)
+        save_adapter(model.core, saved)
+        again = opened(folder)
+        load_adapter(again.core, saved)
+        torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(opened(saved, base=folder)), expected, atol=1e-4, rtol=1e-3)
+        merge_lora(again.core)
+        torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-3)
+        path = saved / "adapter_model.safetensors"
+        save_file({key: value for key, value in load_file(path).items() if "magnitude" not in key}, path)
+        with pytest.raises(CheckpointError, match="lora_magnitude_vector"):
+            load_adapter(opened(folder).core, saved)
+
+
+def test_four_bits_without_bitsandbytes_name_the_extra(upstream_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    model = opened(upstream_folder)
+    before = logits(model)
+    with pytest.raises(ConfigError, match=r"valley-ray\[qlora\]"):
+        add_lora(model.core, LoraSettings(quantize="nf4"), quantized=True)
+    assert torch.equal(logits(model), before)
+    add_lora(model.core, LoraSettings(quantize="nf4"))
