@@ -7,9 +7,10 @@ import argparse
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -20,16 +21,9 @@ from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.stage_config import StageConfig
 
-if TYPE_CHECKING:
-    from valley_ray.train.trainer import TrainResult
-
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 NANO, QUICKSTART = "runs/nano", "runs/quickstart"
 """Where the default's clips and backbones are made, and where the quickstart makes its own, below the storage."""
-
-
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, as an exception: what was begun is cleaned up."""
 
 
 def run_job(name: str, arguments: Sequence[str], *, about: str, default: Path, first_stage_alone: bool = False) -> int:
@@ -50,16 +44,17 @@ def run_job(name: str, arguments: Sequence[str], *, about: str, default: Path, f
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt as error:
-        print(f"{name}: stopped; the same command with the run's run_name goes on", file=sys.stderr)
-        return TERMINATED if isinstance(error, _TerminatedError) else INTERRUPTED
+        print(f"{name}: {str(error) or 'stopped; start it again'}", file=sys.stderr)
+        return TERMINATED if signal.SIGTERM.name in str(error) else INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
 
 
 def _terminate(*_: object) -> NoReturn:
+    """SIGTERM as an exception: what was begun is cleaned up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break off the cleaning
-    raise _TerminatedError
+    raise KeyboardInterrupt(f"stopped by {signal.SIGTERM.name}; start it again")
 
 
 def _run(config: TrainConfig, *, only_check: bool) -> None:
@@ -77,10 +72,13 @@ def _run(config: TrainConfig, *, only_check: bool) -> None:
     from valley_ray.session import connect, quiet_ray_data
     from valley_ray.train.trainer import train
 
+    name = config.run_name or time.strftime("train-%Y%m%d-%H%M%S")
+    print(f"run: {name} in {config.storage}; run_name={name} goes on with it", flush=True)
     connect()
     signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own there
     quiet_ray_data()
-    _say_result(train(config))
+    result = train(config.model_copy(update={"run_name": name}))
+    print(f'{result.text()}\ntry: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')
 
 
 def _config(words: Sequence[str], default: Path) -> TrainConfig:
@@ -137,13 +135,6 @@ def _make_nano(config: TrainConfig) -> None:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _say_result(result: "TrainResult") -> None:
-    print(
-        f"model folder  {result.model_folder}\nmetrics       {result.metrics_path}\nloss curve    {result.curve_path}"
-    )
-    print(f'try: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')
 
 
 def _parser(name: str, about: str) -> Parser:
