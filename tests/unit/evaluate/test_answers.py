@@ -237,7 +237,7 @@ def test_the_ledger_keeps_the_first_of_a_key_and_drops_torn_lines(tmp_path: Path
     with path.open("ab") as file:
         file.write(b'{"key": "b", "predic')
     with LedgerWriter(path) as ledger:
-        ledger.append({"key": "a", "prediction": "2"})
         ledger.append({"key": "c", "prediction": "\n"})
+        ledger.append({"key": "a", "prediction": "2"})
     assert {key: one["prediction"] for key, one in read_answers(path).items()} == {"a": "1", "c": "\n"}
     assert read_answers(tmp_path / "none.jsonl") == {}
