@@ -9,6 +9,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -72,8 +74,10 @@ class Checkpoints:
         self._config = config
         self._run_folder = folder
         self._rank = rank
-        self._is_pending = False
+        self._watch: threading.Thread | None = None
         self._num_saved = 0
+        self.upload_s = 0.0
+        """Seconds that the last upload took, until it counted."""
         key = hashlib.sha256(folder.url.encode()).hexdigest()[:16]
         # Of this name alone, so that what a killed worker has left goes when its successor starts.
         self._scratch = Path(tempfile.gettempdir()) / f"valley-checkpoint-{key}-{rank}"
@@ -94,15 +98,25 @@ class Checkpoints:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             validation=self._validation(progress.step),
         )
-        self._is_pending = True
+        self._watch = threading.Thread(target=self._wait_for_commit, name="checkpoint-watch", daemon=True)
+        self._watch.start()
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether this rank knows that the last checkpoint counts."""
+        return self._watch is None or not self._watch.is_alive()
 
     def wait(self) -> None:
         """Return once the last checkpoint counts: what dies after this call goes on from it."""
-        if not self._is_pending:
-            return
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
+
+    def _wait_for_commit(self) -> None:
+        began_s = time.perf_counter()
         # report() returns before the files are stored, and they are before the controller knows of them.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-        self._is_pending = False
+        self.upload_s = time.perf_counter() - began_s
         if self._rank == 0:
             keep_snapshot(self._run_folder)
 

@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +15,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal import constants
 
 from valley_ray.errors import TrainingError, ValleyError
 from valley_ray.train.config import TrainConfig
@@ -37,7 +40,8 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
     for failures in range(config.max_failures + 1):
         trainer = _trainer(config, folder, windows_dir)
         try:
-            result = trainer.fit()
+            with _known_address():
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _reason(error) from error
         except RayActorError as error:
@@ -104,6 +108,23 @@ class _Trainer(TorchTrainer):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+@contextlib.contextmanager
+def _known_address() -> Iterator[None]:
+    """Tell Ray Train's helper actors which Ray of the machine they belong to: the one that frees a dead controller's
+    resources asks the state API, which gives up where it finds several."""
+    variable = "RAY_ADDRESS"
+    before = os.environ.get(variable)
+    constants.ENV_VARS_TO_PROPAGATE.add(variable)
+    os.environ[variable] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _trainer(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> _Trainer:

@@ -5,7 +5,6 @@ through the plan. The tower stays outside the engine; its features are computed 
 """
 
 import json
-import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -17,30 +16,28 @@ import ray.train.torch
 import torch
 import transformers
 
-from valley_ray.data.feature_store import FeatureStore, feature_sets
 from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
-from valley_ray.model.frozen_tower import tower_key
 from valley_ray.processor import ValleyProcessor
+from valley_ray.train.cadence import Cadence
 from valley_ray.train.checkpoint import Checkpoints, Progress, restore
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.export import export_model, put_trained
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, RunEndedError, SampleIndex, StepBatches
-from valley_ray.train.flops import count_flops
+from valley_ray.train.flops import count_flops, known_peak_flops
 from valley_ray.train.identity import run_identity
 from valley_ray.train.metrics import METRICS_FILE, Meter, MetricsLog, StepMetrics, peak_rss_bytes
 from valley_ray.train.order import check_weights
 from valley_ray.train.plan import StagePlan
 from valley_ray.train.requests import PreemptedError, Request, Requests
-from valley_ray.train.run_folder import RunFolder
+from valley_ray.train.run_folder import RunFolder, record_attempt
 from valley_ray.train.sample_index import LEFT_OUT_FILE
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.step import Stepper
+from valley_ray.train.stored_features import stored_features
 from valley_ray.train.trainable import trainable_module
 from valley_ray.train.zero import ZeroEngine, build_engine
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,13 @@ class _Worker:
         self._requests = Requests(task.folder, rank=self._rank, device=self._device)
         self._cache = FeatureCache(task.config.feature_cache_bytes)
         self._num_encoded = 0
-        self._meter = Meter()
+        peak = self._config.peak_flops or known_peak_flops(self._device, precision=self._config.precision)
+        self._meter = Meter(peak_flops=peak * self._world if peak else None)
         self._log: MetricsLog | None = None
         self._trained: dict[str, torch.Tensor] = {}
         self._step = 0
+        self._cadence = Cadence(task.config.checkpoint_every, step=0)
+        self._step_s = 0.0
         self._plan_hash: str | None = None
         self._loss = float("nan")
         self._seconds: dict[str, float] = {}
@@ -122,7 +122,8 @@ class _Worker:
                 restored.load(stage.engine)
         if self._rank == 0:
             self._task.folder.pull(METRICS_FILE)
-            self._log = MetricsLog(self._task.folder.local, last_step=self._step)
+            record_attempt(self._task.folder, after_step=self._step, workers=self._world)
+            self._log = MetricsLog(self._task.folder.local, last_step=self._step, trackers=self._open_trackers())
         self._run_stage(stage, stage_step)
         for later in range(number + 1, len(self._config.stages)):
             self._plan_hash = None
@@ -132,12 +133,14 @@ class _Worker:
             self._index.write_left_out(self._task.folder.local / LEFT_OUT_FILE)
             export_model(self._config.model, self._config.output, self._trained, lora=self._config.lora)
             self._log.plot()
+            self._log.close()
             self._task.folder.push()
         return {"num_steps": self._step, "loss": self._loss, "seconds": self._seconds}
 
     def _go_on(self, progress: Progress, earlier: dict[str, torch.Tensor]) -> None:
         self._trained.update(earlier)
         self._step, self._plan_hash = progress.step, progress.plan_hash
+        self._cadence = Cadence(self._config.checkpoint_every, step=progress.step)
         if self._rank == 0:
             name = self._config.stages[progress.stage].name
             sys.stdout.write(
@@ -147,15 +150,15 @@ class _Worker:
 
     def _run_stage(self, stage: _Stage, stage_step: int) -> None:
         self._meter.start_stage()
-        every = self._config.checkpoint_every
-        with Feeder(
-            stage.plan, self._index, self._cache, self._feed_settings(stage.model), first_step=stage_step
-        ) as feeder:
+        began_s = time.perf_counter()
+        with Feeder(stage.plan, self._index, self._cache, self._feed_settings(stage), first_step=stage_step) as feeder:
             for batches in feeder:
                 self._train(stage, batches, feeder)
                 stage_step = batches.index + 1
+                self._step_s += 0.2 * (time.perf_counter() - began_s - self._step_s)
                 self._after_step(stage, stage_step)
-        if every is not None and stage.number < len(self._config.stages) - 1 and self._step % every:
+                began_s = time.perf_counter()
+        if stage.number < len(self._config.stages) - 1 and not self._cadence.is_saved(self._step):
             self._checkpoint(stage, stage_step)
         self._trained.update(stage.engine.trained_parameters())
         stage.engine.close()
@@ -164,15 +167,21 @@ class _Worker:
 
     def _after_step(self, stage: _Stage, stage_step: int) -> None:
         """Checkpoint and export, where it is time for it or asked for."""
-        config, requests = self._config, self._requests.poll()
-        is_due = config.checkpoint_every is not None and self._step % config.checkpoint_every == 0
-        if is_due or Request.LEAVE in requests:
+        cadence, checkpoints, every = self._cadence, self._checkpoints, self._config.export_every
+        lead = cadence.lead_of(upload_s=checkpoints.upload_s, step_s=self._step_s)
+        requests, cadence.lead = self._requests.poll(is_committed=checkpoints.is_committed, lead=lead)
+        if Request.COMMITTED in requests:
+            cadence.committed()
+        if cadence.is_due(self._step) or Request.LEAVE in requests:
             self._checkpoint(stage, stage_step)
         if Request.LEAVE in requests:
             self._checkpoints.wait()
             raise PreemptedError(f"a node is about to be taken away; the checkpoint of step {self._step} is committed")
-        if Request.EXPORT in requests or (config.export_every is not None and self._step % config.export_every == 0):
+        if Request.EXPORT in requests or (every is not None and self._step % every == 0):
             self._export(stage)
+        if cadence.must_wait(self._step):
+            checkpoints.wait()
+            cadence.committed()
 
     def _export(self, stage: _Stage) -> None:
         """A model folder of this step beside `output`."""
@@ -185,12 +194,16 @@ class _Worker:
     def _open_stage(self, number: int) -> _Stage:
         began_s = time.perf_counter()
         config, stage = self._config, self._config.stages[number]
+        trains_tower = "tower" in stage.parts
         plan = StagePlan.of_stage(config, number)
         model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
         put_trained(model, self._trained, lora=config.lora, adapt="lora" in stage.parts)
         model.to(self._device)
+        if trains_tower or (number and "tower" in config.stages[number - 1].parts):
+            # Features of a tower that changes are of no use, nor are those that it made before.
+            self._cache = FeatureCache(0 if trains_tower else config.feature_cache_bytes)
         groups = prepare_stage(model.core, stage, tower=model.vision_tower)
-        flops = count_flops(model, trains_tower="tower" in stage.parts)
+        flops = count_flops(model, trains_tower=trains_tower)
         engine = build_engine(trainable_module(model, stage, config), groups, config, stage, world=self._world)
         stepper = Stepper(
             model,
@@ -213,7 +226,9 @@ class _Worker:
             self._stop_nonfinite(stage, batches)
         self._step += 1
         self._plan_hash = batches.plan_hash
-        self._meter.add(samples=batches.num_samples, tokens=batches.num_tokens)
+        self._meter.add(
+            samples=batches.num_samples, tokens=batches.num_tokens, flops=result.flops, is_skipped=result.is_skipped
+        )
         if self._log is not None and (self._step % self._config.log_every == 0 or batches.index == 0):
             self._log.write(self._metrics(stage, batches, scale, result.grad_norm, feeder.wait_s))
 
@@ -245,6 +260,7 @@ class _Worker:
             plan_hash=self._plan_hash,
         )
         self._checkpoints.save(stage.engine, progress, self._trained, loss=self._loss)
+        self._cadence.saved(self._step)
         if self._log is not None:
             self._task.folder.push()
 
@@ -260,21 +276,9 @@ class _Worker:
             f"{self._task.folder.url}/nonfinite-rank*.json; lower learning_rate or remove them"
         )
 
-    def _stored_features(self, model: ValleyForConditionalGeneration) -> FeatureStore | None:
-        """Features beside the shards that are this model's own; None where there are none, or they are not wanted."""
-        shards_dir, processor = self._index.shards_dir, self._processor
-        if self._config.data.features == "computed" or not (sets := feature_sets(shards_dir)):
-            return None
-        key = tower_key(
-            model.vision_tower, model.config, image_mean=processor.image_mean, image_std=processor.image_std
-        )
-        stored = FeatureStore.of_tower(shards_dir, key, takes_pooled=model.config.pooling == "mean")
-        if self._rank == 0:
-            names = ", ".join(one.name for one in (stored.sets if stored is not None else sets))
-            logger.info("features beside the shards are %s: %s", "used" if stored else "no use to this model", names)
-        return stored
-
-    def _feed_settings(self, model: ValleyForConditionalGeneration) -> FeedSettings:
+    def _feed_settings(self, stage: _Stage) -> FeedSettings:
+        is_wanted = self._config.data.features == "stored" and "tower" not in stage.config.parts
+        stored = stored_features(stage.model, self._processor, self._index.shards_dir) if is_wanted else None
         return FeedSettings(
             rank=self._rank,
             world=self._world,
@@ -282,6 +286,6 @@ class _Worker:
             pixel_values=self._processor.pixel_values,
             prefetch_steps=self._config.prefetch_steps,
             timeout_s=self._config.timeout_s,
-            stored=self._stored_features(model),
+            stored=stored,
             plan_hash=self._plan_hash,
         )

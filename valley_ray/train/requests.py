@@ -27,7 +27,9 @@ class Request(enum.IntFlag):
     """Write a model folder."""
     LEAVE = 2
     """A node is about to be taken away: checkpoint, and end this attempt."""
-    _LOOK = 4
+    COMMITTED = 4
+    """The last checkpoint counts."""
+    _LOOK = 8
 
 
 class PreemptedError(TrainingError):
@@ -44,14 +46,16 @@ class Requests:
         self._next_look_s = 0.0
         self._next_preemption_s = 0.0
 
-    def poll(self) -> Request:
-        """The requests since the last call; collective, the same on every rank."""
-        flags = torch.tensor(int(self._look()) if self._rank == 0 else 0, device=self._device)
-        torch.distributed.broadcast(flags, src=0)
-        found = Request(int(flags))
+    def poll(self, *, is_committed: bool, lead: int) -> tuple[Request, int]:
+        """The requests since the last call, and the lead; collective, all ranks get what rank 0 has."""
+        flags = (self._look() if self._rank == 0 else Request.NONE) | (Request.COMMITTED if is_committed else 0)
+        agreed = torch.tensor([int(flags), lead], device=self._device)
+        torch.distributed.broadcast(agreed, src=0)
+        value, lead = agreed.tolist()
+        found = Request(value)
         if Request._LOOK in found and ray.train.get_preemption_info() is not None:
             found |= Request.LEAVE
-        return found & ~Request._LOOK
+        return found & ~Request._LOOK, lead
 
     def _look(self) -> Request:
         now, found = time.monotonic(), Request.NONE

@@ -5,9 +5,11 @@ written to a local folder, which is the run's own where that is local, and copie
 """
 
 import hashlib
+import json
 import posixpath
 import tempfile
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +19,8 @@ from valley_ray.errors import ConfigError
 
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 """File systems that pyarrow brings along; the others are fsspec's."""
+ATTEMPTS_FILE = "attempts.jsonl"
+"""A line for every time that workers began: at the start, and after each death."""
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints that count."""
 _LAST_SNAPSHOT_FILE = f"{SNAPSHOT_FILE}.last"
@@ -125,6 +129,15 @@ def keep_snapshot(folder: RunFolder) -> None:
     listed = _read(folder, SNAPSHOT_FILE)
     if listed is not None and _is_whole(listed):
         _write(folder, _LAST_SNAPSHOT_FILE, listed)
+
+
+def record_attempt(folder: RunFolder, *, after_step: int, workers: int) -> None:
+    """Add a line to the run's ``attempts.jsonl``: after which step it began, with how many workers, and when."""
+    folder.pull(ATTEMPTS_FILE)
+    folder.local.mkdir(parents=True, exist_ok=True)
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    with (folder.local / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"after_step": after_step, "workers": workers, "began": began}) + "\n")
 
 
 def _is_whole(listed: str) -> bool:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
@@ -13,9 +14,6 @@ from valley_ray.train.flops import FlopCounter
 from valley_ray.train.packing import MicroBatch
 from valley_ray.train.trainable import TowerAndCore
 from valley_ray.train.zero import DTYPES, ZeroEngine
-
-_SEED_STRIDE = 1_000_003
-"""Between the seeds of two steps, so that runs whose seeds are neighbours share none."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,13 @@ class Stepper:
 
     def train(self, batches: StepBatches, *, step: int, scale: float) -> StepResult:
         """Make optimizer step number `step` of the run at `scale` times the peak learning rates; collective."""
-        # Dropout of a resumed run is that of the run that was not interrupted.
-        torch.manual_seed(self._seed + _SEED_STRIDE * (step * self._world + self._rank))
         # float64: the sum over micro-batches and ranks is as good as that of one big batch.
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         last = len(batches.micro_batches) - 1
         for number, micro_batch in enumerate(batches.micro_batches):
+            # Dropout is that of the slot, for every number of ranks, and in a run that was interrupted too.
+            slot = self._rank + number * self._world
+            torch.manual_seed(int(np.random.SeedSequence([self._seed, step, slot]).generate_state(1)[0]))
             totals[0] += self._backward(micro_batch, batches.num_label_tokens, is_last=number == last)
             totals[1] += self._count_flops(micro_batch)
         torch.distributed.all_reduce(totals)

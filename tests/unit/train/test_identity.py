@@ -1,0 +1,41 @@
+"""What a run may change between two attempts, and what it is told where it may not."""
+
+from pathlib import Path
+
+from train_runs import make_config
+
+from valley_ray.train.identity import differences, run_identity
+
+
+def test_workers_micro_batches_and_intervals_may_change(tiny_valley: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_valley, tmp_path, tmp_path, "a")
+    other = make_config(
+        tiny_valley, tmp_path, tmp_path, "b", num_workers=(1, 4), micro_batch_size=6, log_every=3, checkpoint_every=5
+    )
+    assert run_identity(config, "store") == run_identity(other, "store")
+
+
+def test_what_differs_is_named_with_both_values(tiny_valley: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_valley, tmp_path, tmp_path, "a")
+    stages = (config.stages[0].model_copy(update={"learning_rate": 0.5}), config.stages[1])
+    other = make_config(tiny_valley, tmp_path, tmp_path, "a", seed=1, global_batch_size=8, stages=stages)
+    found = differences(run_identity(config, "store"), run_identity(other, "other"))
+    assert sorted(found) == [
+        "data=store (now other)",
+        "global_batch_size=12 (now 8)",
+        "seed=0 (now 1)",
+        "stages.0.learning_rate=0.01 (now 0.5)",
+    ]
+
+
+def test_another_model_is_another_run(tiny_valley: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_valley, tmp_path, tmp_path, "a")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_bytes((tiny_valley / name).read_bytes())
+    copied = config.model_copy(update={"model": tmp_path / "model"})
+    assert run_identity(copied, "store") == run_identity(config, "store")
+    with (tmp_path / "model" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    (changed,) = differences(run_identity(config, "store"), run_identity(copied, "store"))
+    assert changed.startswith("model=")
