@@ -4,6 +4,7 @@ Reads files of the model folder and of the data, never a whole weight; knows no 
 (report.py) says more.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,39 @@ def check_batch(config: TrainConfig, num_samples: int, *, what: str) -> None:
 
 
 def check_parts(config: TrainConfig, model_config: "ValleyConfig") -> None:
-    """Refuse stages that train what the model does not have, and adapters that do not fit it."""
+    """Refuse stages that train what the model does not have, and adapters that fit neither it nor ZeRO."""
+    if any("lora" in stage.parts for stage in config.stages):
+        _check_adapter(config)
     from valley_ray.train.forecast import meta_model, trained_groups
 
     for stage in config.stages:
         trained_groups(meta_model(model_config, config, stage), stage)
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    from valley_ray.model.lora import LoraSettings
+
+    settings = validate_config(LoraSettings, config.lora or {}, source="lora")
+    if settings.quantize is None:
+        return
+    quantized = f"lora.quantize={settings.quantize}"
+    if config.zero_stage == 3:
+        raise ConfigError(
+            f"{quantized} does not go with zero_stage=3, which divides weights that are numbers, not 4-bit codes; take "
+            "zero_stage=2, or leave quantize out"
+        )
+    for stage in config.stages:
+        if "lora" in stage.parts and (under := sorted(stage.parts & {"layers", "language_model"})):
+            raise ConfigError(
+                f"stage {stage.name} trains {', '.join(under)}, whose weights {quantized} rounds; leave one of them out"
+            )
+    if not has_package("bitsandbytes"):
+        raise ConfigError(f"{quantized} needs bitsandbytes, which is not installed; pip install 'valley-ray[qlora]'")
+
+
+def has_package(name: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(name) is not None
 
 
 def _check_model(config: TrainConfig) -> "ValleyConfig":

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MAX_BUCKET = 500_000_000
 """Elements of DeepSpeed's reduce bucket (train/zero.py)."""
 
+QUANTIZED_BYTES = 4.5 / 8
+"""Of a weight in NF4: 4 bits, and a float32 scale for every 64 of them."""
+
 MAX_LIVE = 1_000_000_000
 """Elements that ZeRO-3 gathers at a time (DeepSpeed's stage3_max_live_parameters)."""
 
@@ -43,6 +46,8 @@ class StageForecast:
     parts: tuple[TrainedPart, ...]
     num_module: int
     """Parameters of the module that the engine wraps."""
+    num_quantized: int
+    """Those of them that 4-bit codes stand for (QLoRA)."""
     num_outside: int
     """Parameters of a frozen tower, which stands outside."""
 
@@ -92,7 +97,9 @@ def meta_model(
             raise CheckpointError(
                 f"{config.model / 'config.json'} describes no model that can be built ({reason})"
             ) from error
-        put_trained(model, {}, lora=config.lora, adapt="lora" in stage.parts)
+        # Shapes can be had without the numbers that quantizing reads.
+        shape = {name: value for name, value in (config.lora or {}).items() if name != "quantize"}
+        put_trained(model, {}, lora=shape, adapt="lora" in stage.parts)
     return model
 
 
@@ -113,10 +120,13 @@ def forecast_stage(model_config: "ValleyConfig", config: TrainConfig, stage: Sta
             found[key] = found.get(key, 0) + count
     num_core, num_tower = (sum(p.numel() for p in part.parameters()) for part in (model.core, model.vision_tower))
     trains_tower = "tower" in stage.parts
+    quantizes = "lora" in stage.parts and (config.lora or {}).get("quantize") is not None
+    under_adapter = (p.numel() for name, p in model.core.named_parameters() if name.endswith(".base_layer.weight"))
     return StageForecast(
         name=stage.name,
         parts=tuple(TrainedPart(part, count, rate) for (part, rate), count in found.items()),
         num_module=num_core + num_tower * trains_tower,
+        num_quantized=sum(under_adapter) if quantizes else 0,
         num_outside=num_tower * (not trains_tower),
     )
 
@@ -134,13 +144,15 @@ def forecast_memory(
     """
     world, half = config.min_workers, config.precision != "fp32"
     zero_stage = max(zero_stage, 1) if half else zero_stage  # as train/zero.py runs it
-    module, trained = forecast.num_module, forecast.num_trained
+    module, trained = forecast.num_module - forecast.num_quantized, forecast.num_trained
     width = 2 if half else 4
     share = {stage: world if zero_stage >= stage else 1 for stage in (1, 2, 3)}
     gradients = 4 * trained // share[2] + (2 * trained if half and zero_stage < 2 else 0)
     optimizer = (8 + (4 if half or zero_stage else 0)) * trained // share[1]
     return Memory(
-        weights=width * module // share[3] + (width * min(module, MAX_LIVE) if zero_stage == 3 and world > 1 else 0),
+        weights=width * module // share[3]
+        + (width * min(module, MAX_LIVE) if zero_stage == 3 and world > 1 else 0)
+        + int(QUANTIZED_BYTES * forecast.num_quantized),
         gradients=gradients,
         optimizer=0 if offload else optimizer,
         buckets=(4 * min(trained, MAX_BUCKET) * (2 if config.use_gpu else 1)) if zero_stage else 0,

@@ -140,6 +140,20 @@ def test_parts_and_adapters_that_the_model_does_not_have_are_refused(config: Cal
     refused(config(stages=(LORA,), lora={"rank": 3}), "did you mean 'r'")
 
 
+def test_adapters_that_do_not_go_with_zero_or_with_the_stage_are_refused(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four_bits = {"lora": {"quantize": "nf4"}}
+    refused(config(stages=(LORA,), zero_stage=3, **four_bits), "lora.quantize=nf4 does not go with zero_stage=3")
+    both = StageConfig(name="both", trainable=("lora", "layers"), learning_rate=1e-3, max_steps=1)
+    refused(config(stages=(both,), **four_bits), "stage both trains layers, whose weights lora.quantize=nf4 rounds")
+    monkeypatch.setattr("valley_ray.train.check.has_package", lambda name: False)
+    refused(config(stages=(LORA,), **four_bits), "needs bitsandbytes, which is not installed")
+    monkeypatch.setattr("valley_ray.train.check.has_package", lambda name: True)
+    assert check_run(config(stages=(LORA,), **four_bits)) == ()
+    assert check_run(config(stages=(LORA,), zero_stage=3, lora={"use_dora": True})) == ()
+
+
 def test_stores_that_cannot_be_trained_on_are_refused(
     config: Callable[..., TrainConfig], tiny_valley: Path, store: Path, tmp_path: Path
 ) -> None:
