@@ -154,6 +154,14 @@ def test_adapters_that_do_not_go_with_zero_or_with_the_stage_are_refused(
     assert check_run(config(stages=(LORA,), zero_stage=3, lora={"use_dora": True})) == ()
 
 
+def test_a_tracker_that_is_not_installed_is_named(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("valley_ray.train.check.has_package", lambda name: name != "mlflow")
+    refused(config(trackers=("tensorboard", "mlflow")), "pip install mlflow")
+    assert check_run(config(trackers=("tensorboard",))) == ()
+
+
 def test_stores_that_cannot_be_trained_on_are_refused(
     config: Callable[..., TrainConfig], tiny_valley: Path, store: Path, tmp_path: Path
 ) -> None:
