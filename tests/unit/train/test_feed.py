@@ -161,6 +161,30 @@ def test_training_waits_for_windows_and_starts_on_the_first(tmp_path: Path, tiny
         assert len(list(steps)) == 6
 
 
+def test_a_store_in_the_making_gives_the_batches_of_the_finished_one(tmp_path: Path, tiny_valley: Path) -> None:
+    """Overlap and shards: with everything on that looks further than one sample, and a window at a time."""
+    sources = ("a.json", "b.json", "c.json")
+    source = make_store(tmp_path / "all", tiny_valley, num_samples=60, window_size=6, failed=(7,), sources=sources)
+    plan = dataclasses.replace(PACKED, length_grouping=True, weights={"a.json": 2, "b.json": 0.4})
+    with make_feeder(source, tiny_valley, plan=plan) as feeder:
+        finished = [(step.plan_hash, [batch.sample_ids for batch in step.micro_batches]) for step in feeder]
+    growing = tmp_path / "growing"
+    growing.mkdir()
+    (growing / "store.json").write_bytes((source / "store.json").read_bytes())
+    for path in source.glob("shard-*"):
+        (growing / path.name).write_bytes(path.read_bytes())
+    steps = []
+    with make_feeder(growing, tiny_valley, plan=plan) as feeder:
+        iterator = iter(feeder)
+        for index in range(10):
+            for path in sorted(source.glob(f"window-{index:05d}.*"), key=lambda path: path.suffix == ".json"):
+                (growing / path.name).write_bytes(path.read_bytes())
+            if index == 8:
+                steps.append(next(iterator))
+        steps += list(iterator)
+    assert [(step.plan_hash, [batch.sample_ids for batch in step.micro_batches]) for step in steps] == finished
+
+
 def test_a_failed_pipeline_ends_the_run_with_its_reason_after_its_last_window(
     tmp_path: Path, tiny_valley: Path
 ) -> None:
