@@ -10,6 +10,7 @@ from valley_ray.evaluate.prepare_cost import PrepareCost, many_videos, prepare_n
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_every_number_is_there_and_a_second_epoch_decodes_nothing(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     for seed in range(3):

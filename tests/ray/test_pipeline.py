@@ -1,12 +1,10 @@
 """The data pipeline on a local cluster: every row accounted for, nothing done twice, bad files harm nobody else."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from data_clips import turns, write_clip, write_records
 from PIL import Image
 
@@ -14,16 +12,10 @@ from valley_ray.data.commit import exclusive
 from valley_ray.data.pipeline import PipelineConfig, run_pipeline
 from valley_ray.data.shards import FAILED_FILE, Window, WindowManifest, WindowStore
 from valley_ray.errors import DataError
+from valley_ray.evaluate.prepare_cost import second_epoch_decodes
 from valley_ray.media.sampling import FrameSampling
 
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("data_cluster")]
 
 
 def make_config(tmp_path: Path, model: Path, records: list[dict[str, Any]], **values: Any) -> PipelineConfig:
@@ -166,6 +158,11 @@ def test_other_records_in_another_order_reuse_the_shards_that_are_there(tmp_path
     assert run_pipeline(resampled).clips_decoded == 5, "other frames are other shards, in the same folder"
     with exclusive(tmp_path / "shards"), pytest.raises(DataError, match="choose another shards_dir"):
         run_pipeline(other)
+
+
+def test_a_second_epoch_and_another_order_decode_nothing(tmp_path: Path) -> None:
+    videos = [write_clip(tmp_path / f"{index}.mp4", brightness=20 + index) for index in range(5)]
+    assert second_epoch_decodes(videos, tmp_path / "epochs") == 0
 
 
 def test_store_of_other_records_or_of_another_writer_is_left_alone(tmp_path: Path, tiny_valley: Path) -> None:
