@@ -124,75 +124,90 @@ def slot_attention(
             f"the slots engine does not serve attention with {', '.join(unknown)} ({type(module).__name__}); "
             "choose another language model"
         )
-    keys, values = slot_pass.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    heads, num_decoding = key.shape[1], len(slot_pass.positions)
-    rows_k, rows_v = keys.unflatten(0, (-1, heads)), values.unflatten(0, (-1, heads))
+    # transformers numbers its attention modules: that is how a layer finds its cache.
+    layer: Any = module.layer_idx
+    keys, values = slot_pass.cache.layer(layer, key, value)
+    attend = _Attend(slot_pass, keys, values, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+    num_decoding = len(slot_pass.positions)
     parts = []
     if num_decoding:
-        rows_k[slot_pass.rows, :, slot_pass.columns] = key[0, :, :num_decoding].transpose(0, 1)
-        rows_v[slot_pass.rows, :, slot_pass.columns] = value[0, :, :num_decoding].transpose(0, 1)
-        queries = query[0, :, :num_decoding].transpose(0, 1).unflatten(1, (heads, -1))  # [n, H, G, K]
-        for span in slot_pass.spans:
-            first = 0 if sliding_window is None else max(0, span.shortest - sliding_window)
-            mask = slot_pass.span_mask(span, first, sliding_window, heads, query.dtype)
-            batch = slice(span.rows.start * heads, span.rows.stop * heads)
-            read_k, read_v = keys[batch, first : span.longest], values[batch, first : span.longest]
-            attended = _attend(queries[span.rows].flatten(0, 1), read_k, read_v, mask, scaling, softcap)
-            parts.append(attended.reshape(span.rows.stop - span.rows.start, -1, attended.shape[-1]))
+        new = slice(0, num_decoding)
+        parts += attend.newest(query[0, :, new], key[0, :, new], value[0, :, new], sliding_window)
     at = num_decoding
     for chunk in slot_pass.chunks:
         new = slice(at, at + chunk.stop - chunk.start)
-        rows_k[chunk.row, :, chunk.start : chunk.stop] = key[0, :, new]
-        rows_v[chunk.row, :, chunk.start : chunk.stop] = value[0, :, new]
-        first = 0 if sliding_window is None else max(0, chunk.start + 1 - sliding_window)
-        mask = slot_pass.chunk_mask(chunk, first, sliding_window)
-        read_k, read_v = rows_k[chunk.row, :, first : chunk.stop], rows_v[chunk.row, :, first : chunk.stop]
-        parts.append(_attend_chunk(query[0, :, new], read_k, read_v, mask, scaling, softcap))
+        parts.append(attend.chunk(chunk, query[0, :, new], key[0, :, new], value[0, :, new], sliding_window))
         at = new.stop
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined[None], None
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Query [B, Q, K] over key and value [B, C, K], additive mask [B, 1 | Q, C] → [B, Q, K]; B: rows * H."""
-    scores = torch.bmm(query * scaling, key.transpose(1, 2))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores += mask
-    return torch.bmm(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), value)
+@dataclass(frozen=True)
+class _Attend:
+    """One layer of a pass."""
 
+    slot_pass: SlotPass
+    keys: torch.Tensor
+    """[R * H, M, K]."""
+    values: torch.Tensor
+    """[R * H, M, K]."""
+    scaling: float
+    softcap: float | None
 
-def _attend_chunk(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Query [H * G, L, K] over key and value [H, C, K], bool mask [L, C] (None: causal, C = L) → [L, H * G, K]."""
-    groups = query.shape[0] // key.shape[0]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
-    if softcap is None:
-        attended = scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=scaling
-        )[0]
-    else:
-        length = query.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril() if mask is None else mask
-        blocked = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, float("-inf"))
-        attended = _attend(query, key, value, blocked[None], scaling, softcap)
-    return attended.transpose(0, 1)
+    def newest(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> list[torch.Tensor]:
+        """Query [H * G, n, K], key and value [H, n, K] of the decoding rows → [rows, H * G, K] per span."""
+        one, heads = self.slot_pass, key.shape[0]
+        self.keys.unflatten(0, (-1, heads))[one.rows, :, one.columns] = key.transpose(0, 1)
+        self.values.unflatten(0, (-1, heads))[one.rows, :, one.columns] = value.transpose(0, 1)
+        queries = query.transpose(0, 1).reshape(len(one.rows) * heads, -1, query.shape[-1])
+        queries = queries * self.scaling  # [n * H, G, K]
+        attended = []
+        for span in one.spans:
+            first = 0 if window is None else max(0, span.shortest - window)
+            batch = slice(span.rows.start * heads, span.rows.stop * heads)
+            read_keys, read_values = (part[batch, first : span.longest] for part in (self.keys, self.values))
+            scores = torch.bmm(queries[batch], read_keys.transpose(1, 2))  # [B, G, C]
+            weights = self._weights(scores, one.span_mask(span, first, window, heads, query.dtype))
+            output = torch.bmm(weights, read_values)  # [B, G, K]
+            attended.append(output.reshape(-1, len(query), value.shape[-1]))
+        return attended
+
+    def chunk(
+        self, chunk: Chunk, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """Query [H * G, L, K], key and value [H, L, K] of one prompt's chunk → [L, H * G, K]."""
+        heads = key.shape[0]
+        batch = slice(chunk.row * heads, (chunk.row + 1) * heads)
+        self.keys[batch, chunk.start : chunk.stop] = key
+        self.values[batch, chunk.start : chunk.stop] = value
+        first = 0 if window is None else max(0, chunk.start + 1 - window)
+        if first < chunk.start:
+            key, value = self.keys[batch, first : chunk.stop], self.values[batch, first : chunk.stop]
+        seen = self.slot_pass.chunk_mask(chunk, first, window)
+        if (groups := len(query) // heads) > 1:
+            key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+        if self.softcap is None:
+            attended = scaled_dot_product_attention(
+                query[None], key[None], value[None], attn_mask=seen, is_causal=seen is None, scale=self.scaling
+            )[0]
+        else:
+            if seen is None:
+                seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
+            blocked = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+            blocked.masked_fill_(~seen, float("-inf"))
+            weights = self._weights(torch.bmm(query * self.scaling, key.transpose(1, 2)), blocked)
+            attended = torch.bmm(weights, value)
+        return attended.transpose(0, 1)
+
+    def _weights(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Softmax over columns with the cap and an additive mask; `scores` are overwritten."""
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores += mask
+        return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
 def _spans(positions: Sequence[int], waste: float) -> list[_Span]:
