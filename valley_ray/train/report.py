@@ -73,23 +73,8 @@ def report_run(config: TrainConfig) -> RunReport:
 
 def without_effect(config: TrainConfig, model_config: "ValleyConfig", steps: tuple[int, ...]) -> Iterator[str]:
     """Settings that change nothing in this run, each with the reason."""
-    total = sum(steps)
-    if config.checkpoint_every is None:
-        for name in ("keep_checkpoints", "max_failures"):
-            if name in config.model_fields_set:
-                yield f"{name}: checkpoint_every is null, so that there is nothing to go on from"
-    elif config.checkpoint_every > total:
-        yield f"checkpoint_every={config.checkpoint_every}: the run has {total} steps"
-    if config.log_every > total:
-        yield f"log_every={config.log_every}: the run has {total} steps; the first of a stage is always logged"
-    if config.data.mode == "shards" and config.data.pipeline is not None:
-        yield "data.pipeline: mode shards reads what was prepared"
-    if config.data.mode == "overlap" and config.data.windows_dir is not None:
-        yield "data.windows_dir: mode overlap writes to data.pipeline.windows_dir"
-    if config.data.mode == "overlap" and (config.data.pipeline or {}).get("seed") is not None:
-        yield "data.pipeline.seed: the order of a training is drawn from seed"
-    if config.pack_tokens is not None and "micro_batch_size" in config.model_fields_set:
-        yield "micro_batch_size: pack_tokens says how much a micro-batch holds"
+    yield from _intervals_without_effect(config, sum(steps))
+    yield from _data_without_effect(config)
     if config.use_gpu and "threads_per_worker" in config.model_fields_set:
         yield "threads_per_worker: the work is the GPU's"
     for stage in config.stages:
@@ -98,8 +83,33 @@ def without_effect(config: TrainConfig, model_config: "ValleyConfig", steps: tup
         rates = set(stage.learning_rates)
         if rates and rates >= stage.parts - {"temporal"}:
             yield f"{stage.name}: learning_rate, learning_rates names every part"
-    if config.trackers and config.log_every > total:
-        yield "trackers: nothing but the first step of each stage is logged"
+
+
+def _intervals_without_effect(config: TrainConfig, num_steps: int) -> Iterator[str]:
+    if config.checkpoint_every is None:
+        for name in ("keep_checkpoints", "max_failures"):
+            if name in config.model_fields_set:
+                yield f"{name}: checkpoint_every is null, so that there is nothing to go on from"
+        if config.evaluation is not None:
+            yield "evaluation: checkpoints are what is evaluated, and checkpoint_every is null"
+    for name in ("checkpoint_every", "export_every", "log_every"):
+        every = getattr(config, name)
+        if every is not None and every > num_steps:
+            yield f"{name}={every}: the run has {num_steps} steps"
+
+
+def _data_without_effect(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    if data.mode == "shards" and data.pipeline is not None:
+        yield "data.pipeline: mode shards reads what was prepared"
+    if data.mode == "overlap" and data.windows_dir is not None:
+        yield "data.windows_dir: mode overlap writes to data.pipeline.windows_dir"
+    if data.mode == "overlap" and (data.pipeline or {}).get("seed") is not None:
+        yield "data.pipeline.seed: the order of a training is drawn from seed"
+    if config.pack_tokens is not None and "micro_batch_size" in config.model_fields_set:
+        yield "micro_batch_size: pack_tokens says how much a micro-batch holds"
+    if config.feature_cache_bytes and all("tower" in stage.parts for stage in config.stages):
+        yield "feature_cache_bytes: a tower that is trained gives other features after every step"
 
 
 def _warnings(report: RunReport) -> Iterator[str]:

@@ -141,3 +141,9 @@ def test_settings_without_effect_and_idle_workers_are_told(config: Callable[...,
     told = " ".join(report.without_effect)
     assert all(part in told for part in ("checkpoint_every=50", "log_every=20", "mean pooling has no weights"))
     assert any("1 of 3 workers have nothing to do" in one for one in report.warnings)
+    moving = {"stages": (stage(trainable=("projector", "tower")),), "feature_cache_bytes": 1000, "export_every": 99}
+    report = report_run(config(**moving, checkpoint_every=None, log_every=1, use_gpu=True))
+    told = " ".join(report.without_effect)
+    assert all(part in told for part in ("feature_cache_bytes", "export_every=99: the run has 10 steps"))
+    if not torch.cuda.is_available():
+        assert any("this machine has no GPU" in one for one in report.warnings)
