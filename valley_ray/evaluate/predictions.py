@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from valley_ray.data.commit import write_json
 from valley_ray.evaluate.answers import AnswerSet
-from valley_ray.evaluate.bertscore import BertScore
 from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.evaluate.judge import Case, judge
 from valley_ray.evaluate.ledger import CLIPS_TYPE
@@ -64,10 +63,15 @@ def measure(answers: AnswerSet, settings: EvaluationConfig, kept: Path) -> list[
     rows = [_row(row) | row_metrics(row, settings.metrics) for row in answers.table.to_pylist()]
     measured = [row for row in rows if is_measured(row)]
     if settings.bertscore_model is not None:
+        import torch
+
+        from valley_ray.evaluate.bertscore import BertScore
+
         encoder = BertScore(
             settings.bertscore_model,
             layer=settings.bertscore_layer,
-            device="cuda" if settings.actor_gpus else "cpu",
+            # Actors may run elsewhere: a driver that asks for GPUs need not have one.
+            device="cuda" if settings.actor_gpus and torch.cuda.is_available() else "cpu",
         )
         scores = encoder.scores([row["prediction"] for row in measured], [row["reference"] for row in measured])
         for row, score in zip(measured, scores, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from asked import NUM_CLIPS, QUESTIONS, make_records, record, settings, unanswered
+from PIL import Image
 
 from valley_ray.assistant import Assistant
 from valley_ray.chat.conversation import Conversation, Message
@@ -61,6 +62,47 @@ def test_greedy_answers_are_the_assistants(answered: tuple[Path, AnswerSet], tin
         }
     assert {name: found[name] for name in asked} == asked
     assert len(set(asked.values())) > 3, "the questions must not all have one answer"
+
+
+def test_images_several_clips_texts_and_later_turns_are_the_assistants_too(
+    answered: tuple[Path, AnswerSet], tiny_valley: Path, records: Path, tmp_path: Path
+) -> None:
+    folder = records.parent
+    Image.linear_gradient("L").convert("RGB").save(folder / "image.png")
+    asked = [
+        ({"image": "image.png"}, ["<image>\nDescribe the clip"]),
+        ({"video": ["0.mp4", "1.mp4"]}, ["<video>\n<video>\nWhich colour?"]),
+        ({}, ["yes no"]),
+        ({"video": "2.mp4"}, ["<video>\nWhat is moving?", "How many shapes do you see?"]),
+    ]
+    values = []
+    for number, (media, texts) in enumerate(asked):
+        turns = [
+            turn for text in texts for turn in ({"from": "human", "value": text}, {"from": "gpt", "value": "One."})
+        ]
+        values.append({"id": str(number), "conversations": turns} | media)
+    path = folder / "others.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    found = answer(settings(path), tiny_valley, tmp_path / "out", on_ray=False).table["prediction"].to_pylist()
+    params = SamplingParams(max_tokens=12)
+    clips = [folder / f"{seed}.mp4" for seed in range(NUM_CLIPS)]
+    said = [
+        {
+            "role": "user",
+            "content": [{"type": "video_url", "video_url": {"url": str(clips[2])}}, text("What is moving?")],
+        },
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "How many shapes do you see?"},
+    ]
+    with Assistant.from_pretrained(tiny_valley) as assistant:
+        expected = [
+            assistant.ask("Describe the clip", image=folder / "image.png", params=params).text,
+            assistant.ask("Which colour?", video=clips[:2], params=params).text,
+            assistant.ask("yes no", params=params).text,
+            assistant.ask("What is moving?", video=clips[2], params=params).text,
+            assistant.ask(said, params=params).text,
+        ]
+    assert found == expected
 
 
 def test_every_row_is_there_in_order_with_what_came_of_it(answered: tuple[Path, AnswerSet], records: Path) -> None:
