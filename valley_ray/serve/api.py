@@ -18,7 +18,7 @@ from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import OverloadedError, UnavailableError, UnknownModelError
 from valley_ray.serve.chat import Answer, answers, event_stream, read_question, whole_reply
-from valley_ray.serve.chat_reply import ChatCompletion, ChatCompletionChunk, Reply
+from valley_ray.serve.chat_reply import ChatCompletion, Reply
 from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.files import FileStore
@@ -27,6 +27,7 @@ from valley_ray.serve.gate import REQUEST_ID, Gate, visit_of
 from valley_ray.serve.http_errors import BodyLimit, ErrorReply, add_error_handlers
 from valley_ray.serve.keys import Keys
 from valley_ray.serve.media_source import MediaSource
+from valley_ray.serve.openapi import describe
 from valley_ray.serve.protocol import AnswerRequest
 
 _ROOM_FOR_TEXT_BYTES = 4 * 2**20
@@ -74,13 +75,13 @@ class ModelList(Reply):
 
 
 def build_api(
-    config: ServeConfig, backend: Backend, *, keys: Keys | None = None, sends_request_id: bool = True
+    config: ServeConfig, backend: Backend, *, keys: Keys | None = None, behind_serve: bool = False
 ) -> FastAPI:
     """The ASGI app of one served model.
 
     Args:
         keys: who may ask; none: everybody.
-        sends_request_id: False behind a proxy that puts x-request-id on responses itself.
+        behind_serve: Serve's proxy stands in front.
     """
     keys, name = keys or Keys(), config.served_name
     about = f"Questions about videos, answered by {name}"
@@ -92,25 +93,31 @@ def build_api(
     _add_models(api, name)
     _add_chat(api, config, backend, MediaSource(config, store, backend.put))
     api.include_router(files_router(store))
+    describe(api, needs_key=bool(keys))
     # Base64 makes four bytes of three.
     chat_bytes = config.max_media_bytes * 4 // 3 + _ROOM_FOR_TEXT_BYTES
     file_bytes = config.files.max_file_bytes + _ROOM_FOR_FORM_BYTES
     api.add_middleware(BodyLimit, max_bytes=lambda path: file_bytes if path == "/v1/files" else chat_bytes)
-    if config.cors_origins:
-        api.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=[REQUEST_ID, "Retry-After"],
-        )
     api.add_middleware(
         Gate,
         keys=keys,
         rate_limit=config.rate_limit,
         cors_origins=config.cors_origins,
-        sends_request_id=sends_request_id,
+        behind_serve=behind_serve,
+        is_private=behind_serve and not config.allow_no_keys,
     )
+    if config.cors_origins:
+        # In front of the gate: a page can read its refusals too.
+        limits = [
+            f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+        ]
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After", *limits],
+        )
     return api
 
 
@@ -145,15 +152,7 @@ def _add_models(api: FastAPI, name: str) -> None:
 
 
 def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, media: MediaSource) -> None:
-    stream = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}
-
-    @api.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        # The chunk's model is named so that its schema is listed; what stands under `content` is what is sent.
-        responses={200: {"model": ChatCompletion | ChatCompletionChunk, "content": stream}},
-        tags=["chat"],
-    )
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, tags=["chat"])
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Ask about videos and images, or go on with a conversation."""
         _check_model(config.served_name, body.model)

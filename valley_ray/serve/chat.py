@@ -15,7 +15,6 @@ from uuid import uuid4
 
 from valley_ray.chat.conversation import from_openai
 from valley_ray.engine.engine import SamplingParams
-from valley_ray.errors import ConfigError
 from valley_ray.serve.chat_reply import ReplyWriter, chunk_json
 from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.config import ServeConfig
@@ -23,6 +22,7 @@ from valley_ray.serve.gate import Visit
 from valley_ray.serve.http_errors import error_body
 from valley_ray.serve.media_source import MediaSource, as_openai
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+from valley_ray.serve.refusals import OverLimitError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ async def read_question(config: ServeConfig, media: MediaSource, body: ChatCompl
     """Find the media and split the choices; raises what is wrong with the request."""
     num_choices = body.n or 1
     if num_choices > config.max_choices:
-        raise ConfigError(f"n={num_choices} is over this server's {config.max_choices}; ask for fewer")
+        raise OverLimitError(f"n={num_choices} is over this server's {config.max_choices}; ask for fewer", param="n")
     parts = media.parts_of(body)
     wishes = tuple(media.wish(part, body) for part in parts)
     refs = await media.refs(parts, visit.caller.owner)

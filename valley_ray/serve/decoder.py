@@ -54,12 +54,14 @@ class LanguageDecoder:
         params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
         stream = open_text_stream(self._processor, params, request.stop)
         text, num_tokens, logprobs = "", 0, list[TokenLogprob]()
+        before: int | None = None
         async with aclosing(self._thread.generate(prompt, params)) as events:
             async for event in events:
                 num_tokens += 1
                 text += stream.push(event)
                 if event.logprob is not None and event.token_id not in params.stop_token_ids:
-                    logprobs.append(token_logprob(self._processor.tokenizer, event))
+                    logprobs.append(token_logprob(self._processor, event, before))
+                    before = event.token_id if logprobs[-1].utf8 is not None else before
                 reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
                 if reason is not None or (request.stream and text):
                     counts = len(prompt.input_ids), num_tokens

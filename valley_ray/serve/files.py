@@ -155,6 +155,7 @@ class FileStore:
         record = self.get(file_id, owner)
         path, now = self._content / record.sha256, self._clock()
         try:
+            path.stat()
             os.utime(self._record_path(file_id), (now, now))
         except OSError as error:  # another replica dropped it just now
             raise UnknownFileError(f"no file {file_id!r}; it was dropped to make room") from error

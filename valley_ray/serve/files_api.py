@@ -1,7 +1,7 @@
 """/v1/files: OpenAI's upload API over a FileStore."""
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -60,19 +60,11 @@ class FileDeleted(Reply):
     deleted: Literal[True] = True
 
 
-def _upload_body() -> dict[str, Any]:
-    """The OpenAPI form of what `upload` reads by itself."""
-    schema = UploadForm.model_json_schema(by_alias=True)
-    schema["properties"]["file"] = {"type": "string", "format": "binary"}
-    schema["required"] = ["file", *schema["required"]]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
 def files_router(store: FileStore) -> APIRouter:
     """The routes of uploaded files; every caller sees their own only."""
     router = APIRouter(prefix="/v1/files", tags=["files"])
 
-    @router.post("", response_model=FileObject, openapi_extra=_upload_body())
+    @router.post("", response_model=FileObject)
     async def upload_file(request: Request) -> FileObject:
         """Keep one file."""
         received = await receive_upload(request.headers.get("content-type", ""), request.stream(), store)

@@ -21,7 +21,8 @@ from valley_ray.serve.keys import ANYONE, Caller, Keys, is_loopback
 from valley_ray.serve.rate_limit import Allowance, RateLimit, RateLimiter
 from valley_ray.serve.refusals import ForbiddenOriginError
 
-access_log = logging.getLogger("valley_ray.serve.access")
+access_log = logging.getLogger("ray.serve.valley_access")
+"""Below Serve's own logger: a replica writes nothing else to its log file."""
 
 REQUEST_ID = "x-request-id"
 _OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
@@ -53,7 +54,9 @@ class Gate:
     """Lets a request through to `app`, or answers with what is missing.
 
     Args:
-        sends_request_id: False where a proxy in front puts x-request-id on every response itself, as Serve's does.
+        behind_serve: Serve's proxy stands in front, which puts x-request-id on responses by itself.
+        is_private: without keys, refuse requests that name this server by anything but a loopback address: a web page
+            can point its own host name at this machine and read what it gets (DNS rebinding).
     """
 
     def __init__(
@@ -63,11 +66,12 @@ class Gate:
         keys: Keys,
         rate_limit: RateLimit,
         cors_origins: Collection[str] = (),
-        sends_request_id: bool = True,
+        behind_serve: bool = False,
+        is_private: bool = False,
     ) -> None:
         self._app, self._keys, self._origins = app, keys, frozenset(cors_origins)
         self._limiter = RateLimiter(rate_limit) if rate_limit.limits else None
-        self._sends_request_id = sends_request_id
+        self._behind_serve, self._is_private = behind_serve, is_private and not keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +86,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 outgoing = MutableHeaders(scope=message)
-                if self._sends_request_id:
+                if not self._behind_serve:
                     outgoing[REQUEST_ID] = visit.request_id
                 for name, value in (allowance.headers() if allowance is not None else {}).items():
                     outgoing[name] = value
@@ -106,7 +110,7 @@ class Gate:
         """Check origin and key, count the request in; None: it is not counted."""
         path, method = scope["path"], scope["method"]
         self._check_origin(headers)
-        if path in _OPEN_PATHS or (method == "OPTIONS" and "access-control-request-method" in headers):
+        if path in _OPEN_PATHS:
             return None
         visit.caller = self._keys.caller(headers.get("authorization"))
         if self._limiter is None or method != "POST":
@@ -116,16 +120,15 @@ class Gate:
         return allowance
 
     def _check_origin(self, headers: Headers) -> None:
-        """A page from elsewhere must not use a server that asks for no key through the browser of whoever runs it.
-
-        A page of this server itself is known by an Origin that equals the Host; a host name would prove nothing there,
-        since whoever owns the name can point it at this machine (DNS rebinding).
-        """
+        """A page from elsewhere must not use a server that asks for no key through the browser of whoever runs it."""
+        host = headers.get("host", "")
+        if self._is_private and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise ForbiddenOriginError(f"this server is 127.0.0.1 or localhost, not {host[:100]!r}; set API keys")
         origin = headers.get("origin")
         if origin is None or self._keys or "*" in self._origins or origin in self._origins:
             return
         parts = urlsplit(origin)
-        if parts.netloc == headers.get("host") and is_loopback(parts.hostname or ""):
+        if parts.netloc == host and is_loopback(parts.hostname or ""):
             return
         raise ForbiddenOriginError(f"web pages of origin {origin[:100]!r} may not ask here; add it to cors_origins")
 
@@ -138,7 +141,8 @@ def _request_id(headers: Headers) -> str:
 def _write_line(scope: Scope, visit: Visit, status: int, seconds: float) -> None:
     # status 0: the client went away, or the handler failed before the first byte.
     notes = "".join(f" {name}={value}" for name, value in visit.notes.items())
-    access_log.info(
+    access_log.log(
+        logging.DEBUG if scope["path"] in _OPEN_PATHS else logging.INFO,
         "%s %s %s %d %.1f ms caller=%s prompt_tokens=%d new_tokens=%d%s",
         visit.request_id,
         scope["method"],

@@ -67,7 +67,8 @@ class ErrorReply(BaseModel):
 def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     """HTTP status and JSON body of an error."""
     if isinstance(error, ValleyError):
-        param = next((name for kind, name in _PARAMS if isinstance(error, kind)), None)
+        of_kind = next((name for kind, name in _PARAMS if isinstance(error, kind)), None)
+        param: str | None = getattr(error, "param", of_kind)
         return error.http_status, _body(str(error), error.http_status, error.code, param)
     if isinstance(error, RequestValidationError):
         first, *_ = problems = error.errors()

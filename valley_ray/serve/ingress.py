@@ -25,8 +25,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         backend = Backend(answer=self._answer, put=ray.put)
-        # Serve's proxy puts x-request-id on responses by itself.
-        return build_api(self._config, backend, keys=self._keys, sends_request_id=False)
+        return build_api(self._config, backend, keys=self._keys, behind_serve=True)
 
     async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         with unwrapped():

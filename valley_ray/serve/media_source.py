@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from valley_ray.chat.conversation import MediaKind
-from valley_ray.errors import ConversationError, SamplingError
+from valley_ray.errors import SamplingError
 from valley_ray.fetch import FetchPolicy, fetch, media_key, shorten
 from valley_ray.serve.chat_request import ChatCompletionRequest, FilePart, ImagePart, MediaContent
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.files import FILE_ID, FileStore
 from valley_ray.serve.protocol import FrameWish, MediaRef
-from valley_ray.serve.refusals import RequestTooLargeError
+from valley_ray.serve.refusals import OverLimitError, RequestTooLargeError
 
 _NUM_THREADS = 8
 """Downloads and decodings of base64 at once; a slow host must not take the threads that other requests need."""
@@ -41,7 +41,7 @@ class MediaSource:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="media")
 
     def parts_of(self, body: ChatCompletionRequest) -> list[MediaContent]:
-        """The media parts of all messages, in order; raises ConversationError for too many."""
+        """The media parts of all messages, in order; raises OverLimitError for too many."""
         parts = [
             part
             for message in body.messages
@@ -50,8 +50,9 @@ class MediaSource:
             if part.type != "text"
         ]
         if len(parts) > self._config.max_media:
-            raise ConversationError(
-                f"{len(parts)} videos and images are over this server's {self._config.max_media}; send fewer"
+            raise OverLimitError(
+                f"{len(parts)} videos and images are over this server's {self._config.max_media}; send fewer",
+                param="messages",
             )
         return parts
 

@@ -33,6 +33,17 @@ class RateLimitError(ValleyError):
         """OpenAI's x-ratelimit headers."""
 
 
+class OverLimitError(ValleyError):
+    """A field of a request that asks for more than this server allows."""
+
+    code = "over_limit"
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+        """The field."""
+
+
 class RequestTooLargeError(ValleyError):
     """A body, upload or choice of media larger than the server takes."""
 

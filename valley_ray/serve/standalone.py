@@ -12,6 +12,7 @@ import ray
 
 from valley_ray.serve.app import ServedApp, build, free_port, run
 from valley_ray.serve.config import HttpOptions, ServeConfig
+from valley_ray.serve.keys import check_exposure, read_keys
 from valley_ray.session import connect
 
 
@@ -26,6 +27,7 @@ def run_standalone(config: ServeConfig, http: HttpOptions) -> Iterator[ServedApp
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     build(config)
+    check_exposure(http.host, read_keys(config.api_keys_file), allow_no_keys=config.allow_no_keys)
     port = free_port(http.host, http.port)
     # ERROR: every new cluster warns that it has a token, which nobody needs for a server that ends with it.
     connect(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.requests import ClientDisconnect
 
 from valley_ray.serve.files import FileStore, Upload
 from valley_ray.serve.refusals import UploadError
@@ -38,10 +39,13 @@ async def receive_upload(content_type: str, body: AsyncIterable[bytes], store: F
     upload = await asyncio.to_thread(store.begin)
     try:
         form = _Form(boundary)
-        async for chunk in body:
-            form.feed(chunk)
-            if len(form.pending) >= _WRITE_BYTES:
-                await asyncio.to_thread(upload.write, form.take())
+        try:
+            async for chunk in body:
+                form.feed(chunk)
+                if len(form.pending) >= _WRITE_BYTES:
+                    await asyncio.to_thread(upload.write, form.take())
+        except ClientDisconnect as error:
+            raise UploadError("the client went away before the end of the upload") from error
         form.finish()
         await asyncio.to_thread(upload.write, form.take())
     except BaseException:

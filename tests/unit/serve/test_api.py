@@ -1,55 +1,15 @@
 """The HTTP front without Ray: the backend is an assistant's engine in this process, or a plain generator."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
+from serve_stand_in import CHAT, HELLO, Recorder, app, config, send, two_words
 
 from valley_ray.errors import NotMediaError, OverloadedError
-from valley_ray.serve.api import Backend, build_api
-from valley_ray.serve.config import ServeConfig
-from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
-
-CONFIG = ServeConfig(model=Path("models/tiny"), max_media_bytes=1000)
-HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/v1/chat/completions"
-
-
-class Recorder:
-    """Answers with the given deltas, keeps what it was asked, and notes how each answer ended."""
-
-    def __init__(self, *script: AnswerDelta | Exception) -> None:
-        self.script = script
-        self.requests: list[AnswerRequest] = []
-        self.num_closed = 0
-
-    async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
-        self.requests.append(request)
-        try:
-            for step in self.script:
-                if isinstance(step, Exception):
-                    raise step
-                yield step
-        finally:
-            self.num_closed += 1
-
-
-def two_words() -> Recorder:
-    return Recorder(AnswerDelta("red", 5, 1), AnswerDelta(" circle", 5, 3, "stop"))
-
-
-def api(recorder: Recorder, put: Callable[[bytes], Any] = bytes, config: ServeConfig = CONFIG) -> FastAPI:
-    return build_api(config, Backend(answer=recorder.answer, put=put))
-
-
-async def send(app: FastAPI, method: str = "POST", path: str = CHAT, **arguments: Any) -> httpx.Response:
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        return await client.request(method, path, **arguments)
+from valley_ray.serve.protocol import AnswerDelta
 
 
 @pytest.fixture
@@ -61,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_whole_answer_has_openais_shape() -> None:
-    reply = (await send(api(two_words()), json=HELLO)).json()
+    reply = (await send(app(two_words()), json=HELLO)).json()
     assert reply["choices"] == [
         {
             "index": 0,
@@ -83,7 +43,7 @@ async def test_a_whole_answer_has_openais_shape() -> None:
 async def test_fields_of_the_request_become_sampling_parameters() -> None:
     recorder = two_words()
     body = {**HELLO, "max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": -4}
-    await send(api(recorder), json={**body, "stop": None, "n": 1, "user": "me", "presence_penalty": 0})
+    await send(app(recorder), json={**body, "stop": None, "n": 1, "user": "me", "presence_penalty": 0})
     [request] = recorder.requests
     params = request.params
     assert (params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed) == (7, 0.5, 0.9, 3, -4)
@@ -93,17 +53,17 @@ async def test_fields_of_the_request_become_sampling_parameters() -> None:
 async def test_stop_is_one_text_or_up_to_four() -> None:
     for sent, expected in (("END", ("END",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())):
         recorder = two_words()
-        assert (await send(api(recorder), json={**HELLO, "stop": sent})).status_code == 200
+        assert (await send(app(recorder), json={**HELLO, "stop": sent})).status_code == 200
         assert recorder.requests[0].stop == expected
     for wrong in ("", [""], ["a"] * 5, 3):
-        reply = await send(api(two_words()), json={**HELLO, "stop": wrong})
+        reply = await send(app(two_words()), json={**HELLO, "stop": wrong})
         assert reply.status_code == 400
         assert "stop" in reply.json()["error"]["message"]
 
 
 async def test_without_fields_the_answer_is_greedy_and_its_length_is_fitted() -> None:
     recorder = two_words()
-    await send(api(recorder), json=HELLO)
+    await send(app(recorder), json=HELLO)
     [request] = recorder.requests
     assert request.params.temperature == 0
     assert request.fit_max_tokens
@@ -119,10 +79,8 @@ async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Pat
         {"type": "video_url", "video_url": {"url": video.as_uri()}},
         {"type": "text", "text": "what?"},
     ]
-    app = api(
-        recorder, lambda data: stored.append(data) or "ref", CONFIG.model_copy(update={"allow_roots": (tmp_path,)})
-    )
-    response = await send(app, json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
+    front = app(recorder, put=lambda data: stored.append(data) or "ref", settings=config(allow_roots=(tmp_path,)))
+    response = await send(front, json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
     assert response.status_code == 200, response.text
     image, clip = recorder.requests[0].media
     assert stored == [b"\x00\x01\x02"]
@@ -152,7 +110,7 @@ async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Pat
 )
 async def test_bad_fields_are_named(change: dict[str, Any], message: str, param: str | None) -> None:
     recorder = two_words()
-    response = await send(api(recorder), json={**HELLO, **change})
+    response = await send(app(recorder), json={**HELLO, **change})
     error = response.json()["error"]
     assert response.status_code == 400
     assert message in error["message"]
@@ -163,16 +121,16 @@ async def test_bad_fields_are_named(change: dict[str, Any], message: str, param:
 
 
 async def test_broken_json_and_missing_content_type_are_said_plainly() -> None:
-    app = api(two_words())
-    broken = await send(app, content=b'{"model"', headers={"content-type": "application/json"})
+    front = app(two_words())
+    broken = await send(front, content=b'{"model"', headers={"content-type": "application/json"})
     assert broken.json()["error"]["message"].startswith("the body is not valid JSON")
-    plain = await send(app, content=json.dumps(HELLO), headers={"content-type": "text/plain"})
+    plain = await send(front, content=json.dumps(HELLO), headers={"content-type": "text/plain"})
     assert "Content-Type: application/json" in plain.json()["error"]["message"]
     assert plain.status_code == broken.status_code == 400
 
 
 async def test_a_body_over_the_limit_is_a_413_declared_or_not() -> None:
-    app = api(two_words())
+    front = app(two_words())
     large = json.dumps({**HELLO, "metadata": {"x": "y" * (5 * 2**20)}}).encode()
     headers = {"content-type": "application/json"}
 
@@ -181,18 +139,18 @@ async def test_a_body_over_the_limit_is_a_413_declared_or_not() -> None:
             yield large[start : start + 2**20]
 
     for content in (large, chunks()):
-        response = await send(app, content=content, headers=headers)
+        response = await send(front, content=content, headers=headers)
         assert response.status_code == 413, response.text
         assert response.json()["error"]["code"] == "request_too_large"
 
 
 async def test_errors_of_the_backend_keep_their_status() -> None:
-    bad = await send(api(Recorder(NotMediaError("x.mp4: no video"))), json={**HELLO, "stream": True})
+    bad = await send(app(Recorder(NotMediaError("x.mp4: no video"))), json={**HELLO, "stream": True})
     assert (bad.status_code, bad.json()["error"]["code"]) == (400, "media_not_recognised")
-    full = await send(api(Recorder(OverloadedError("full"))), json=HELLO)
+    full = await send(app(Recorder(OverloadedError("full"))), json=HELLO)
     assert (full.status_code, full.headers["retry-after"]) == (429, "1")
     assert full.json()["error"]["type"] == "rate_limit_error"
-    bug = await send(api(Recorder(KeyError("secret"))), json=HELLO)
+    bug = await send(app(Recorder(KeyError("secret"))), json=HELLO)
     assert bug.status_code == 500
     assert "secret" not in bug.text
     assert bug.json()["error"]["type"] == "server_error"
@@ -200,7 +158,7 @@ async def test_errors_of_the_backend_keep_their_status() -> None:
 
 async def test_a_failure_in_mid_stream_is_an_event_and_no_done() -> None:
     recorder = Recorder(AnswerDelta("red", 5, 1), OverloadedError("gone"))
-    response = await send(api(recorder), json={**HELLO, "stream": True})
+    response = await send(app(recorder), json={**HELLO, "stream": True})
     first, error = [json.loads(line[6:]) for line in response.text.strip().split("\n\n")]
     assert first["choices"][0]["delta"]["content"] == "red"
     assert error["error"]["code"] == "overloaded"
@@ -208,8 +166,8 @@ async def test_a_failure_in_mid_stream_is_an_event_and_no_done() -> None:
 
 
 async def test_unknown_models_and_paths_are_404() -> None:
-    app = api(two_words())
-    assert (await send(app, json={**HELLO, "model": "gpt"})).json()["error"]["code"] == "model_not_found"
-    assert (await send(app, "GET", "/v1/models/gpt")).status_code == 404
-    assert (await send(app, "GET", "/v1/nowhere")).json()["error"]["type"] == "invalid_request_error"
-    assert (await send(app, "GET", CHAT)).status_code == 405
+    front = app(two_words())
+    assert (await send(front, json={**HELLO, "model": "gpt"})).json()["error"]["code"] == "model_not_found"
+    assert (await send(front, "GET", "/v1/models/gpt")).status_code == 404
+    assert (await send(front, "GET", "/v1/nowhere")).json()["error"]["type"] == "invalid_request_error"
+    assert (await send(front, "GET", CHAT)).status_code == 405

@@ -64,3 +64,27 @@ def test_a_stop_text_of_the_request_ends_that_answer_alone(tiny_valley: Path, wh
         assert "".join(delta.text for delta in deltas) == text.partition(stop)[0].strip()
         assert deltas[-1].finish_reason == "stop"
     assert "".join(delta.text for delta in answered(decoder, stream=True)) == text
+
+
+def test_log_probabilities_of_the_answer_come_with_its_text(tiny_valley: Path) -> None:
+    decoder = LanguageDecoder(ServeConfig(model=tiny_valley), SimpleNamespace())
+    params = SamplingParams(max_tokens=12, logprobs=2)
+
+    async def read(stream: bool) -> list[AnswerDelta]:
+        request = AnswerRequest("r", QUESTION, (), (), params, False, stream)
+        return [delta async for delta in decoder.answer(request)]
+
+    for stream in (False, True):
+        deltas = asyncio.run(read(stream))
+        tokens = [token for delta in deltas for token in delta.logprobs]
+        last = deltas[-1]
+        assert len(tokens) == last.num_tokens - (last.finish_reason == "stop")
+        assert all(len(token.top) == 2 and token.top[0].logprob >= token.top[1].logprob for token in tokens)
+        # Greedy: the chosen token is the likeliest.
+        assert all(token.logprob == pytest.approx(token.top[0].logprob) for token in tokens)
+        joined = b"".join(token.utf8 or b"" for token in tokens)
+        assert joined.decode("utf-8", "replace").strip() == "".join(delta.text for delta in deltas)
+
+
+def test_without_the_wish_no_log_probabilities_come(whole: list[AnswerDelta]) -> None:
+    assert all(delta.logprobs == () for delta in whole)
