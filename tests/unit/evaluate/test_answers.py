@@ -89,7 +89,10 @@ def test_images_several_clips_texts_and_later_turns_are_the_assistants_too(
     said = [
         {
             "role": "user",
-            "content": [{"type": "video_url", "video_url": {"url": str(clips[2])}}, text("What is moving?")],
+            "content": [
+                {"type": "video_url", "video_url": {"url": str(clips[2])}},
+                {"type": "text", "text": "What is moving?"},
+            ],
         },
         {"role": "assistant", "content": "One."},
         {"role": "user", "content": "How many shapes do you see?"},
