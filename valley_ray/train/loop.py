@@ -20,6 +20,7 @@ from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.cadence import Cadence
+from valley_ray.train.attention import use_packed_attention
 from valley_ray.train.checkpoint import Checkpoints, Progress, restore
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.export import export_model, put_trained
@@ -199,6 +200,8 @@ class _Worker:
         model = ValleyForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
         put_trained(model, self._trained, lora=config.lora, adapt="lora" in stage.parts)
         model.to(self._device)
+        if config.pack_tokens is not None:
+            use_packed_attention(model.core, self._device, precision=config.precision)
         if trains_tower or (number and "tower" in config.stages[number - 1].parts):
             # Features of a tower that changes are of no use, nor are those that it made before.
             self._cache = FeatureCache(0 if trains_tower else config.feature_cache_bytes)

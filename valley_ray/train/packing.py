@@ -16,6 +16,8 @@ from valley_ray.data.shards import Sample
 
 IGNORED = -100
 """Label of positions without a loss."""
+TORCH_VARLEN = "torch_varlen"
+"""Name of torch's own flash kernels for samples of any length; see attention.py."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class MicroBatch:
         if self.position_ids is None or self.segment_ids is None:
             return inputs | {"attention_mask": self.attention_mask.to(device)}
         inputs["position_ids"] = self.position_ids.to(device)
-        if "flash" in attention:
+        if "flash" in attention or attention == TORCH_VARLEN:
             return inputs | _variable_lengths(self.segment_ids, device)
         inputs["attention_mask"] = packed_mask(self.segment_ids.to(device), attention=attention)
         return inputs

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import varlen
 
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.data.shards import Sample
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
+from valley_ray.train.attention import register_varlen, use_packed_attention
 from valley_ray.train.packing import Clip, MicroBatch, collate, collate_packed, make_clip, packed_mask
 
 CPU = torch.device("cpu")
@@ -118,6 +121,57 @@ def test_what_one_sample_says_changes_nothing_for_its_neighbour(tiny_valley: Pat
             logits.append(model.core(**inputs).logits[0])
     assert torch.equal(logits[0][4:], logits[1][4:])
     assert not torch.equal(logits[0][:4], logits[1][:4])
+
+
+def by_hand(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    starts_k: torch.Tensor,
+    longest: int,
+    longest_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of its kernel, which there is none of for CPUs: [L, H, d] in and out."""
+    assert starts.dtype == torch.int32
+    assert torch.equal(starts, starts_k)
+    assert longest == longest_k == int(starts.diff().max())
+    assert window_size == (-1, 0), "causal"
+    parts = zip(*(heads.split(starts.diff().tolist()) for heads in (query, key, value)), strict=True)
+    return torch.cat([_causal(*part, scale=scale, enable_gqa=enable_gqa) for part in parts])
+
+
+def _causal(*part: torch.Tensor, scale: float, enable_gqa: bool) -> torch.Tensor:
+    heads = [one.transpose(0, 1)[None] for one in part]
+    return F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+def test_packed_gradients_through_torchs_kernels_are_the_padded_ones(
+    tiny_valley: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", by_hand)
+    processor = ValleyProcessor.from_pretrained(tiny_valley)
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    samples, clips = make_media_samples(processor, model)
+    padded = collate(samples, clips, pad_token_id=processor.pad_token_id)
+    expected = gradients_of(model, padded, "sdpa")
+    name = register_varlen()
+    model.core.language_model.set_attn_implementation(name)
+    for batch in (collate_packed(samples, clips), padded):
+        loss, gradients = gradients_of(model, batch, name)
+        assert loss == pytest.approx(expected[0], rel=1e-6)
+        for parameter, gradient in expected[1].items():
+            difference = float((gradient - gradients[parameter]).abs().max())
+            assert difference <= 1e-6 * max(1.0, float(gradient.abs().max())), parameter
+
+
+def test_a_cpu_keeps_the_attention_of_the_model(tiny_valley: Path) -> None:
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    assert use_packed_attention(model.core, CPU, precision="bf16") == "sdpa"
 
 
 def make_media_samples(

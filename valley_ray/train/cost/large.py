@@ -4,7 +4,6 @@ Every sample is a video of eight frames and some text; the frozen tower's featur
 training. MFU counts what flops.py says.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from valley_ray.data.shards import Sample
 from valley_ray.errors import ConfigError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.config import ID_FIELD_OF_TOKEN
+from valley_ray.train.attention import use_packed_attention
 from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.cost.config import TrainCost
 from valley_ray.train.cost.models import make_shape
@@ -60,12 +60,11 @@ def _measure(config: TrainCost, device: torch.device, say: Callable[[str], None]
     settings = _train_config(config)
     [stage] = settings.stages
     model = make_shape(config.model, device)
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        model.core.set_attn_implementation("flash_attention_2")
+    attention = use_packed_attention(model.core, device, precision=settings.precision)
     if "lora" in stage.parts:
         _adapt(model)
     groups = prepare_stage(model.core, stage, tower=model.vision_tower)
-    flops = count_flops(model, trains_tower=False)
+    flops = count_flops(model)
     engine = build_engine(trainable_module(model, stage, settings), groups, settings, stage, world=1)
     stepper = Stepper(
         model,
@@ -99,7 +98,7 @@ def _measure(config: TrainCost, device: torch.device, say: Callable[[str], None]
         "step_s": median(times),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-        "attention": model.core.language_model.config._attn_implementation,
+        "attention": attention,
         "config": config.model_dump(mode="json"),
     }
 
