@@ -19,8 +19,8 @@ import transformers
 from valley_ray.errors import ConfigError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.cadence import Cadence
 from valley_ray.train.attention import use_packed_attention
+from valley_ray.train.cadence import Cadence
 from valley_ray.train.checkpoint import Checkpoints, Progress, restore
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.export import export_model, put_trained
