@@ -1,101 +1,22 @@
-"""The oracle is Hugging Face `generate`, one prompt at a time, on small random models of several families."""
-
-import itertools
-from collections.abc import Sequence
+"""What the slots engine promises beyond `test_engine.py`: families of models, columns read, budgets, cached rows."""
 
 import pytest
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from engine_cases import TextCore, generate, prompts, run, tiny
 
 from valley_ray.engine.attention import SlotPass
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import Prompt, SamplingParams
 from valley_ray.engine.slots import SlotEngine
-from valley_ray.errors import ConfigError, PromptTooLongError
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+from valley_ray.errors import ConfigError
 
 
-class TextCore:
-    """A core without vision: the language model and its own embeddings; visual tokens replace the first ones."""
-
-    def __init__(self, language_model: PreTrainedModel) -> None:
-        self.language_model = language_model
-
-    def embed(self, input_ids: torch.Tensor, visual_tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        embeds = self.language_model.get_input_embeddings()(input_ids)
-        return torch.cat([*visual_tokens, embeds[sum(map(len, visual_tokens)) :]])
-
-
-def tiny(family: str = "llama", seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    elif family == "mistral_sliding":
-        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=9))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
-    else:
-        model = Gemma3ForCausalLM(
-            Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=9, layer_types=["sliding_attention", "full_attention"])
-        )
-    return model.eval()
-
-
-def prompts(count: int, *, seed: int = 1) -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [5, 31, 6, 17, 5, 44, 30, 8, 12, 5]
-    return [
-        tuple(torch.randint(3, 97, (length,), generator=generator).tolist())
-        for length in itertools.islice(itertools.cycle(lengths), count)
-    ]
-
-
-def generate(model: PreTrainedModel, input_ids: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> list[int]:
-    ids = torch.tensor([input_ids])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        eos_token_id=list(stop) or None,
-        pad_token_id=0,
-    )
-    return output[0, len(input_ids) :].tolist()
-
-
-def run(engine: SlotEngine, requests: Sequence[tuple[Prompt, SamplingParams]]) -> list[list[int]]:
-    ids = [engine.add(prompt, params) for prompt, params in requests]
-    tokens: dict[str, list[int]] = {one: [] for one in ids}
-    while engine.num_unfinished:
-        for event in engine.step():
-            assert event.index == len(tokens[event.request_id])
-            tokens[event.request_id].append(event.token_id)
-    return [tokens[one] for one in ids]
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "gemma2", "gemma3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_greedy_tokens_equal_generate_whatever_shares_the_batch(family: str, attention: str) -> None:
     model = tiny(family)
+    if family == "gemma2" and attention == "sdpa":
+        return  # generate on sdpa leaves out the cap on the logits of attention; the engine never does
     model.set_attn_implementation(attention)
     lengths = [9, 3, 25, 1, 14, 30, 2]
     expected = [generate(model, ids, n) for ids, n in zip(prompts(7), lengths, strict=True)]
@@ -104,86 +25,6 @@ def test_greedy_tokens_equal_generate_whatever_shares_the_batch(family: str, att
     assert run(engine, requests) == expected
     # Slots that others used before give the same answers, in another order of arrival too.
     assert run(engine, requests[::-1]) == expected[::-1]
-
-
-def test_stop_token_ends_a_request_and_is_its_last_event() -> None:
-    model = tiny()
-    ids = prompts(1)[0]
-    free = generate(model, ids, 20)
-    stop = free[6]
-    engine = SlotEngine(TextCore(model), num_slots=2, max_length=64)
-    request_id = engine.add(Prompt(ids), SamplingParams(max_tokens=20, stop_token_ids=(stop,)))
-    events = list(itertools.chain.from_iterable(iter(engine.step, [])))
-    assert [event.token_id for event in events] == generate(model, ids, 20, [stop])
-    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
-    assert {event.request_id for event in events} == {request_id}
-
-
-def test_visual_tokens_reach_the_prompt() -> None:
-    model = tiny()
-    ids = prompts(2)[1]
-    visual = model.get_input_embeddings()(torch.tensor(prompts(2)[1][:4])).detach()
-    engine = SlotEngine(TextCore(model), num_slots=2, max_length=64)
-    params = SamplingParams(max_tokens=8)
-    other = visual.flip(0)
-    same, changed = run(engine, [(Prompt(ids, (visual,)), params), (Prompt(ids, (other,)), params)])
-    assert same == generate(model, ids, 8)
-    swapped = model.generate(
-        inputs_embeds=TextCore(model).embed(torch.tensor(ids), [other])[None], max_new_tokens=8, do_sample=False
-    )
-    assert changed == swapped[0].tolist()
-
-
-def test_sampled_tokens_depend_on_seed_and_position_alone() -> None:
-    model = tiny()
-    params = [SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=seed) for seed in (1, 2, 1)]
-    alone = [
-        run(SlotEngine(TextCore(model), num_slots=1, max_length=64), [(Prompt(prompts(1)[0]), one)])[0]
-        for one in params
-    ]
-    crowd = [(Prompt(ids), SamplingParams(max_tokens=9, temperature=0.7, seed=9)) for ids in prompts(5, seed=3)]
-    mixed = run(
-        SlotEngine(TextCore(model), num_slots=8, max_length=64),
-        [*crowd, *((Prompt(prompts(1)[0]), one) for one in params)],
-    )
-    assert mixed[5:] == alone
-    assert alone[0] == alone[2] != alone[1]
-
-
-def test_abort_frees_the_slot_and_leaves_the_others_alone() -> None:
-    model = tiny()
-    ids = prompts(4)
-    expected = [generate(model, one, 15) for one in ids]
-    engine = SlotEngine(TextCore(model), num_slots=3, max_length=64)
-    names = [engine.add(Prompt(one), SamplingParams(max_tokens=15)) for one in ids]
-    tokens: dict[str, list[int]] = {name: [] for name in names}
-    for step in itertools.count():
-        if step == 4:
-            engine.abort(names[0])
-            engine.abort("nobody")
-            assert (engine.num_running, engine.num_unfinished) == (2, 3)
-        for event in engine.step():
-            tokens[event.request_id].append(event.token_id)
-        if not engine.num_unfinished:
-            break
-    assert tokens[names[0]] == expected[0][:4]
-    assert [tokens[name] for name in names[1:]] == expected[1:]
-
-
-def test_a_waiting_request_can_be_aborted() -> None:
-    engine = SlotEngine(TextCore(tiny()), num_slots=1, max_length=64)
-    engine.add(Prompt((5, 6)), SamplingParams(max_tokens=2))
-    waiting = engine.add(Prompt((5, 6)), SamplingParams(max_tokens=2))
-    engine.abort(waiting)
-    assert engine.num_unfinished == 1
-
-
-def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers() -> None:
-    engine = SlotEngine(TextCore(tiny()), num_slots=1, max_length=32)
-    with pytest.raises(PromptTooLongError, match=r"31 tokens and max_tokens=2.*32"):
-        engine.add(Prompt(tuple(range(3, 34))), SamplingParams(max_tokens=2))
-    engine.add(Prompt(tuple(range(3, 33))), SamplingParams(max_tokens=2))
-    assert sum(len(engine.step()) for _ in range(2)) == 2
 
 
 def test_a_step_reads_only_the_columns_in_use() -> None:
@@ -209,3 +50,94 @@ def test_prompts_in_line_do_not_run_in_one_step_beyond_the_prefill_budget() -> N
 def test_a_length_over_the_context_of_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_length=257 is over the model's context of 256"):
         SlotEngine(TextCore(tiny()), max_length=257)
+
+
+def test_numbers_that_no_engine_can_have_are_refused() -> None:
+    for options in ({"num_slots": 0}, {"num_kept_prompts": -1}, {"max_prefill_tokens": 0}):
+        with pytest.raises(ConfigError, match="expected at least one slot"):
+            SlotEngine(TextCore(tiny()), max_length=64, **options)
+
+
+def test_a_long_prompt_does_not_stall_a_running_stream() -> None:
+    model = tiny()
+    engine = SlotEngine(TextCore(model), num_slots=3, max_length=256, max_prefill_tokens=16)
+    stream = engine.add(Prompt((5, 6)), SamplingParams(max_tokens=30))
+    engine.step()
+    ids = tuple(range(3, 93))
+    engine.add(Prompt(ids), SamplingParams(max_tokens=3), request_id="long")
+    short = engine.add(Prompt((7, 8)), SamplingParams(max_tokens=3))
+    seen = []
+    while engine.num_unfinished:
+        seen.append([event.request_id for event in engine.step()])
+    # 90 tokens are six chunks of 16; the stream has its token in every step, and the short one fits into the last.
+    assert all(stream in one for one in seen[:29])
+    assert [one.count("long") for one in seen[:8]] == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert seen[5] == [stream, "long", short]
+
+
+def test_an_abort_in_the_middle_of_a_prompt_keeps_what_was_computed() -> None:
+    model, ids = tiny(), tuple(range(3, 83))
+    engine = SlotEngine(TextCore(model), num_slots=2, max_length=128, max_prefill_tokens=20)
+    half = engine.add(Prompt(ids), SamplingParams(max_tokens=3))
+    engine.step()
+    engine.step()
+    engine.abort(half)
+    assert (engine.num_running, engine.num_unfinished) == (0, 0)
+    assert run(engine, [(Prompt(ids), SamplingParams(max_tokens=5))]) == [generate(model, ids, 5)]
+    assert engine.num_cached_tokens == 40
+
+
+def test_prompts_that_arrive_together_wait_for_their_common_beginning() -> None:
+    model, video = tiny(), tuple(range(3, 53))
+    engine = SlotEngine(TextCore(model), num_slots=4, max_length=128)
+    requests = [(Prompt((*video, 60 + index, 61)), SamplingParams(max_tokens=4)) for index in range(4)]
+    assert run(engine, requests) == [generate(model, prompt.input_ids, 4) for prompt, _ in requests]
+    assert engine.num_cached_tokens == 3 * len(video)
+    assert engine.num_prompt_tokens == 4 * (len(video) + 2)
+
+
+def test_kept_prompts_outlive_a_full_house_and_the_least_lately_used_goes_first() -> None:
+    model, params = tiny(), SamplingParams(max_tokens=2)
+    stems = [tuple(range(start, start + 30)) for start in (3, 23, 43, 60)]
+
+    def num_cached(engine: SlotEngine, stem: tuple[int, ...]) -> int:
+        before = engine.num_cached_tokens
+        run(engine, [(Prompt(stem), params)])
+        return engine.num_cached_tokens - before
+
+    engine = SlotEngine(TextCore(model), num_slots=1, num_kept_prompts=2, max_length=64)
+    assert [num_cached(engine, stems[index]) for index in (0, 1, 2, 0, 1, 3, 0, 1)] == [0, 0, 0, 29, 29, 0, 29, 29]
+    assert num_cached(engine, stems[2]) == 0
+    alone = SlotEngine(TextCore(model), num_slots=1, max_length=64)
+    assert [num_cached(alone, stems[index]) for index in (0, 0, 1, 0)] == [0, 29, 0, 0]
+
+
+def test_the_callers_model_stays_as_it_was() -> None:
+    model, ids = tiny(), prompts(1)[0]
+    before = generate(model, ids, 8)
+    names = [type(one).__name__ for one in model.modules()]
+    SlotEngine(TextCore(model), num_slots=1, max_length=64)
+    assert model.config._attn_implementation == "sdpa"
+    assert [type(one).__name__ for one in model.modules()] == names
+    assert generate(model, ids, 8) == before
+
+
+def test_plain_and_packed_weights_give_the_same_tokens() -> None:
+    model = tiny()
+    requests = [(Prompt(ids), SamplingParams(max_tokens=9)) for ids in prompts(5)]
+    plain, packed = (
+        run(SlotEngine(TextCore(model), num_slots=3, max_length=64, pack_weights=pack), requests)
+        for pack in (False, True)
+    )
+    assert plain == packed
+    with pytest.raises(ConfigError, match="pack_weights needs float32"):
+        SlotEngine(TextCore(tiny().bfloat16()), max_length=64, pack_weights=True)
+
+
+def test_half_precision_runs() -> None:
+    model = tiny().bfloat16()
+    tokens = run(
+        SlotEngine(TextCore(model), num_slots=2, max_length=64),
+        [(Prompt(ids), SamplingParams(max_tokens=6, logprobs=1)) for ids in prompts(3)],
+    )
+    assert [len(one) for one in tokens] == [6, 6, 6]
