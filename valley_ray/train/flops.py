@@ -57,7 +57,7 @@ class FlopCounter:
         )
 
 
-def count_flops(model: ValleyForConditionalGeneration, *, trains_tower: bool) -> FlopCounter:
+def count_flops(model: ValleyForConditionalGeneration) -> FlopCounter:
     """The counter of `model`, whose trainable parameters are marked by `requires_grad`."""
     language_model = model.core.language_model
     head = language_model.get_output_embeddings()
@@ -68,7 +68,7 @@ def count_flops(model: ValleyForConditionalGeneration, *, trains_tower: bool) ->
         per_token=per_token,
         per_label_token=_linear(head),
         per_squared_token=3 * 2.0 * attention_width * config.num_hidden_layers,
-        per_frame=_per_frame(model) * (3 if trains_tower else 1),
+        per_frame=_per_frame(model),
     )
 
 
@@ -96,10 +96,12 @@ def _head_dim(config: Any) -> int:
 
 
 def _per_frame(model: ValleyForConditionalGeneration) -> float:
-    """FLOP of one frame through the tower, forward."""
+    """FLOP of one frame through the tower: forward, and backward through the layers that are trained."""
     tower, config = model.vision_tower, model.config.vision_config
     tokens = 1 + model.config.num_patches
-    linear = sum(2.0 * module.in_features * module.out_features for module in tower.modules() if _is_linear(module))
+    layers = [module for module in tower.modules() if _is_linear(module)]
+    linear = sum(2.0 * module.in_features * module.out_features for module in layers)
+    trained = sum(2.0 * module.in_features * module.out_features for module in layers if module.weight.requires_grad)
     attention = 4.0 * tokens**2 * config.hidden_size * config.num_hidden_layers
     patches = 2.0 * 3 * config.patch_size**2 * config.hidden_size * model.config.num_patches
-    return float(linear * tokens + attention + patches)
+    return float((linear * tokens + attention + patches) * (1.0 + 2.0 * trained / linear))

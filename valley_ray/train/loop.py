@@ -5,6 +5,7 @@ through the plan. The tower stays outside the engine; its features are computed 
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.stages import learning_rate_scale, prepare_stage
 from valley_ray.train.step import Stepper
 from valley_ray.train.stored_features import stored_features
+from valley_ray.train.trackers import Tracker, open_trackers
 from valley_ray.train.trainable import trainable_module
 from valley_ray.train.zero import ZeroEngine, build_engine
 
@@ -138,6 +140,11 @@ class _Worker:
             self._task.folder.push()
         return {"num_steps": self._step, "loss": self._loss, "seconds": self._seconds}
 
+    def _open_trackers(self) -> list[Tracker]:
+        folder, config = self._task.folder, self._config
+        facts = config.model_dump(mode="json", exclude={"data", "evaluation"})
+        return open_trackers(config.trackers, folder.local, run_name=folder.name, config=facts, last_step=self._step)
+
     def _go_on(self, progress: Progress, earlier: dict[str, torch.Tensor]) -> None:
         self._trained.update(earlier)
         self._step, self._plan_hash = progress.step, progress.plan_hash
@@ -206,7 +213,7 @@ class _Worker:
             # Features of a tower that changes are of no use, nor are those that it made before.
             self._cache = FeatureCache(0 if trains_tower else config.feature_cache_bytes)
         groups = prepare_stage(model.core, stage, tower=model.vision_tower)
-        flops = count_flops(model, trains_tower=trains_tower)
+        flops = count_flops(model)
         engine = build_engine(trainable_module(model, stage, config), groups, config, stage, world=self._world)
         stepper = Stepper(
             model,
@@ -274,8 +281,9 @@ class _Worker:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step": self._step, "sample_ids": ids}), encoding="utf-8")
         self._task.folder.push()
+        what = "has gradients that are not finite" if math.isfinite(self._loss) else f"is {self._loss}"
         raise RunEndedError(
-            f"the loss is {self._loss} at step {batches.index + 1} of {stage.config.name}; its samples are in "
+            f"the loss {what} at step {batches.index + 1} of {stage.config.name}; its samples are in "
             f"{self._task.folder.url}/nonfinite-rank*.json; lower learning_rate or remove them"
         )
 

@@ -1,11 +1,19 @@
-"""What a run says about itself: one JSON line per logged step, a progress line for people, a PNG of the curve."""
+"""What a run says about itself: one JSON line per logged step, a progress line for people; trackers hear it too."""
 
 import json
+import logging
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from valley_ray.train.curve import plot_loss
+from valley_ray.train.trackers import Tracker
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
@@ -39,28 +47,40 @@ class StepMetrics:
     """Since the run began (this attempt)."""
     clips_encoded: int = 0
     """Clips that this worker's tower has run on so far (this attempt); 0 where all features were stored."""
+    mfu: float | None = None
+    """Share of the devices' peak FLOP rate that the model's own FLOP come to (`valley_ray.train.flops` says which are
+    counted); None where the peak is not known."""
+    skipped_steps: int = 0
+    """Steps left out so far because gradients overflowed in fp16 (this attempt)."""
 
 
 class Meter:
     """Counts between two logged steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, peak_flops: float | None = None) -> None:
+        """`peak_flops`: of all workers' devices together, per second; None gives no MFU."""
+        self._peak_flops = peak_flops
         self._began = time.perf_counter()
+        self._skipped_steps = 0
         self._reset(wait_s=0.0)
 
-    def add(self, *, samples: int, tokens: int) -> None:
-        """Count one step."""
+    def add(self, *, samples: int, tokens: int, flops: float = 0.0, is_skipped: bool = False) -> None:
+        """Count one step of all workers."""
         self._samples += samples
         self._tokens += tokens
+        self._flops += flops
+        self._skipped_steps += is_skipped
 
-    def rates(self, *, wait_s: float) -> dict[str, float]:
-        """samples_per_s, tokens_per_s, stall_share and seconds; `wait_s` is the feeder's total. Starts over."""
+    def rates(self, *, wait_s: float) -> dict[str, Any]:
+        """The fields of `StepMetrics` that are counted or timed here; `wait_s` is the feeder's total. Starts over."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         rates = {
             "samples_per_s": self._samples / elapsed,
             "tokens_per_s": self._tokens / elapsed,
             "stall_share": min(1.0, (wait_s - self._wait_s) / elapsed),
             "seconds": time.perf_counter() - self._began,
+            "mfu": self._flops / elapsed / self._peak_flops if self._peak_flops else None,
+            "skipped_steps": self._skipped_steps,
         }
         self._reset(wait_s=wait_s)
         return rates
@@ -73,14 +93,16 @@ class Meter:
         self._since = time.perf_counter()
         self._samples = 0
         self._tokens = 0
+        self._flops = 0.0
         self._wait_s = wait_s
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl`` in `folder` and shows a line; made by rank 0 alone."""
+    """Appends to ``metrics.jsonl`` in `folder`, shows a line and tells the trackers; made by rank 0 alone."""
 
-    def __init__(self, folder: Path, *, last_step: int) -> None:
+    def __init__(self, folder: Path, *, last_step: int, trackers: Sequence[Tracker] = ()) -> None:
         """`last_step`: lines of later steps, left by an attempt that was killed, are dropped."""
+        self._trackers = list(trackers)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(self.path) if line.step <= last_step]
@@ -94,18 +116,38 @@ class MetricsLog:
             file.write(_line(metrics))
         sys.stdout.write(progress_line(metrics) + "\n")
         sys.stdout.flush()
+        values = {name: value for name, value in asdict(metrics).items() if isinstance(value, int | float)}
+        self._tell(lambda tracker: tracker.log(values, step=metrics.step))
+
+    def close(self) -> None:
+        """Let the trackers end."""
+        self._tell(lambda tracker: tracker.close())
+        self._trackers.clear()
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        """A tracker that fails (a lost network, a full disk) is left out from then on: it must not end a run."""
+        for tracker in list(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:
+                logger.warning("%s failed and is left out: %s: %s", tracker.name, type(error).__name__, error)
+                self._trackers.remove(tracker)
 
     def plot(self) -> Path:
         """Draw the loss over the steps, a colour per stage, as PNG beside the log; returns its path."""
-        return plot_loss(read_metrics(self.path), self.path.with_name(CURVE_FILE))
+        lines = read_metrics(self.path)
+        points = [(line.stage, line.step, line.loss) for line in lines]
+        return plot_loss(points, self.path.with_name(CURVE_FILE))
 
 
 def progress_line(metrics: StepMetrics) -> str:
     """One line for a terminal."""
-    return (
+    line = (
         f"{metrics.stage} step {metrics.stage_step}/{metrics.stage_steps}  loss {metrics.loss:.4f}  "
         f"lr {metrics.learning_rate:.2e}  {metrics.samples_per_s:.1f} samples/s  stall {metrics.stall_share:.0%}"
     )
+    line += f"  MFU {metrics.mfu:.0%}" if metrics.mfu is not None else ""
+    return line + (f"  {metrics.skipped_steps} steps overflowed" if metrics.skipped_steps else "")
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
@@ -115,29 +157,6 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     return [StepMetrics(**json.loads(line)) for line in whole.splitlines()]
-
-
-def plot_loss(lines: list[StepMetrics], path: Path) -> Path:
-    """Write a PNG of loss over step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for stage in dict.fromkeys(line.stage for line in lines):
-        of_stage = [line for line in lines if line.stage == stage]
-        axes.plot([line.step for line in of_stage], [line.loss for line in of_stage], label=stage, linewidth=1.2)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (per label token)")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
-    return path
 
 
 def peak_rss_bytes() -> int:
