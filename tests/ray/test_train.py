@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from asked import make_records, settings
 from train_runs import (
     STAGES,
     Killer,
@@ -23,6 +24,7 @@ from train_runs import (
 from train_store import ANSWERS, make_store
 
 from valley_ray.errors import ConfigError, DataError
+from valley_ray.evaluate.evaluation import EVALUATION_FILE, read_evaluations
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.lora import load_adapter
 from valley_ray.processor import ValleyProcessor
@@ -30,6 +32,7 @@ from valley_ray.train.config import DataConfig
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, SampleIndex
 from valley_ray.train.metrics import read_metrics
 from valley_ray.train.plan import StagePlan
+from valley_ray.train.run_folder import SNAPSHOT_FILE
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.trainer import TrainResult, train
 
@@ -264,3 +267,23 @@ def with_pooling(folder: Path, pooling: str) -> ValleyForConditionalGeneration:
     other = ValleyForConditionalGeneration(config)
     other.load_state_dict(model.state_dict(), strict=False)
     return other
+
+
+@pytest.mark.slow
+def test_checkpoints_are_evaluated_beside_the_training_and_the_best_are_kept(
+    tiny_valley: Path, store: Path, runs: Path, tmp_path: Path
+) -> None:
+    evaluation = settings(make_records(tmp_path / "asked"), best="rouge_1", metrics=("rouge",), actor_cpus=0.5)
+    config = make_config(
+        tiny_valley, store, runs, "evaluated", checkpoint_every=8, evaluation=evaluation, keep="best", lora={"r": 4},
+        stages=(STAGES[0], STAGES[1].model_copy(update={"trainable": ("projector", "lora")})),
+    )  # fmt: skip
+    result = train(config)
+    lines = read_evaluations(runs / "evaluated" / EVALUATION_FILE)
+    assert len(lines) >= 2
+    assert all(0 <= line["rouge_1"] <= 1 and line["answered"] > 0.5 for line in lines)
+    snapshot = json.loads((runs / "evaluated" / SNAPSHOT_FILE).read_text())
+    kept = {one["metrics"]["step"]: one["metrics"]["rouge_1"] for one in snapshot["checkpoint_results"]}
+    measured = {line["step"]: line["rouge_1"] for line in lines}
+    assert max(measured.values()) == pytest.approx(max(kept.values()))
+    assert read_metrics(result.metrics_path)[-1].step == 20

@@ -4,18 +4,18 @@ import contextlib
 import json
 import logging
 import math
-import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
 import ray.train
+from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal import constants
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from valley_ray.errors import TrainingError, ValleyError
 from valley_ray.train.config import TrainConfig
@@ -23,6 +23,9 @@ from valley_ray.train.run_folder import SNAPSHOT_FILE, RunFolder, remove_uncommi
 from valley_ray.train.validation import validation_config
 
 logger = logging.getLogger(__name__)
+
+RESIZE_INTERVAL_S = 60.0
+"""How often a run with a range of workers looks for room for more of them; they begin anew, from a checkpoint."""
 
 
 def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, Any]:
@@ -39,12 +42,13 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
     remove_uncommitted(folder)
     for failures in range(config.max_failures + 1):
         trainer = _trainer(config, folder, windows_dir)
+        reserved = _placement_groups()
         try:
-            with _known_address():
-                result = trainer.fit()
+            result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _reason(error) from error
         except RayActorError as error:
+            _free(_placement_groups() - reserved)
             if trainer.stopped_by is not None:
                 raise KeyboardInterrupt(how_to_go_on(folder, trainer.stopped_by)) from error
             logger.warning("the controller of %s died, %d times before; it is begun again", folder.name, failures)
@@ -83,7 +87,11 @@ def committed_step(folder: RunFolder) -> int | None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, which also ends in order at SIGTERM, says which signal ended it and gives signals back."""
+    """Ray's, which also ends in order at SIGTERM, says which signal ended it and gives signals back.
+
+    Without Ray's actor that frees what a dead controller had reserved: it asks the state API, which does not answer
+    where the machine runs several Rays or no dashboard, and ends every run 12 s late then. `fit` does its work.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,6 +111,10 @@ class _Trainer(TorchTrainer):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, stop)
 
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
     def restore_signals(self) -> None:
         """Give signals back to whom they belonged before `fit`."""
         for number, handler in self._handlers.items():
@@ -110,21 +122,17 @@ class _Trainer(TorchTrainer):
         self._handlers.clear()
 
 
-@contextlib.contextmanager
-def _known_address() -> Iterator[None]:
-    """Tell Ray Train's helper actors which Ray of the machine they belong to: the one that frees a dead controller's
-    resources asks the state API, which gives up where it finds several."""
-    variable = "RAY_ADDRESS"
-    before = os.environ.get(variable)
-    constants.ENV_VARS_TO_PROPAGATE.add(variable)
-    os.environ[variable] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+def _placement_groups() -> set[str]:
+    """Ids of this driver's placement groups; an id ends with its job's."""
+    job = ray.get_runtime_context().get_job_id()
+    table: dict[str, Any] = placement_group_table()
+    return {name for name, row in table.items() if name.endswith(job) and row["state"] != "REMOVED"}
+
+
+def _free(names: set[str]) -> None:
+    """Give back what a controller reserved and cannot give back any more."""
+    for name in names:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _trainer(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> _Trainer:
@@ -135,7 +143,10 @@ def _trainer(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> _Trai
         train_loop_config={"config": absolute, "windows_dir": windows_dir.absolute(), "folder": folder},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo", timeout_s=math.ceil(config.timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,

@@ -194,6 +194,12 @@ class _StoppedError(Exception):
 
 def _check_resources(config: TrainConfig) -> None:
     have = ray.cluster_resources()
+    if config.evaluation is not None:
+        for name, amount in (("CPU", config.evaluation.actor_cpus), ("GPU", config.evaluation.actor_gpus)):
+            if amount > have.get(name, 0.0):
+                raise ConfigError(
+                    f"evaluation.actor_{name.lower()}s={amount:g}, Ray has {have.get(name, 0.0):g} {name}; lower it"
+                )
     wanted = {"CPU": config.min_workers * config.cpus_per_worker, "GPU": float(config.min_workers * config.use_gpu)}
     for kind, amount in wanted.items():
         if amount > have.get(kind, 0.0):

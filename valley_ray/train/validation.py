@@ -27,13 +27,17 @@ def evaluate_one(checkpoint: Checkpoint, *, step: int, config: TrainConfig, fold
     from valley_ray.evaluate.evaluation import EVALUATION_FILE, evaluate_checkpoint
     from valley_ray.train.export import export_model
 
-    assert config.evaluation is not None, "only a run with an evaluation is evaluated"
+    settings = config.evaluation
+    assert settings is not None, "only a run with an evaluation is evaluated"
+    if not folder.is_local and settings.shards_dir is None:
+        # Decoded clips stay on this machine; the folder's other files are copied to where the run is kept.
+        settings = settings.model_copy(update={"shards_dir": folder.local.with_name(f"{folder.local.name}-shards")})
     with checkpoint.as_directory() as opened, tempfile.TemporaryDirectory(prefix="valley-evaluate-") as name:
         trained = load_file(Path(opened) / EARLIER_FILE)
         trained |= universal.trained_values(Path(opened), tag=ENGINE_TAG)
         model = Path(name) / "model"
         export_model(config.model, model, trained, lora=config.lora)
         folder.pull(EVALUATION_FILE)
-        metrics = evaluate_checkpoint(model, config.evaluation, output=folder.local, step=step)
+        metrics = evaluate_checkpoint(model, settings, output=folder.local, step=step)
         folder.push()
     return metrics

@@ -1,0 +1,104 @@
+"""Nodes that come, go, and are taken away with notice: a training goes on with as many workers as there is room for."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from train_runs import attempts, losses, make_config
+from train_store import make_store
+
+from valley_ray.train import fit
+from valley_ray.train.metrics import read_metrics
+from valley_ray.train.stage_config import StageConfig
+from valley_ray.train.trainer import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(900)]
+
+EXACT = 2e-6
+PREEMPTION = 2
+"""Reason of a drain, ray.core.generated.autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for workers, to which tests add nodes with room for one each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    ray.init(address=cluster.address)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_valley: Path) -> Path:
+    return make_store(tmp_path_factory.mktemp("data") / "store", tiny_valley, num_samples=50)
+
+
+def stages(num_steps: int) -> tuple[StageConfig, ...]:
+    return (StageConfig(name="all", trainable="valley-stage2", learning_rate=1e-3, max_steps=num_steps),)
+
+
+def once(run: Path, step: int, act: "threading.Thread") -> threading.Thread:
+    """Run `act` when `step` is logged."""
+
+    def wait() -> None:
+        deadline_s = time.monotonic() + 200
+        while time.monotonic() < deadline_s:
+            lines = read_metrics(run / "metrics.jsonl")
+            if lines and lines[-1].step >= step:
+                act()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_follows_nodes_that_go_and_come(
+    cluster: Cluster, tiny_valley: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "RESIZE_INTERVAL_S", 3.0)
+    first, second = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    assert first is not None
+    values = {"stages": stages(400), "cpus_per_worker": 1, "checkpoint_every": 20, "num_workers": (1, 2)}
+    config = make_config(tiny_valley, store, tmp_path, "elastic", **values)
+    threads = [
+        once(tmp_path / "elastic", 30, lambda: cluster.remove_node(second, allow_graceful=False)),
+        once(tmp_path / "elastic", 60, lambda: cluster.add_node(num_cpus=1)),
+    ]
+    elastic = train(config)
+    for thread in threads:
+        thread.join(timeout=5)
+    assert [one["workers"] for one in attempts(tmp_path / "elastic")] == [2, 1, 2]
+    fixed = train(config.model_copy(update={"num_workers": 1, "run_name": "fixed", "checkpoint_every": None}))
+    ours, theirs = losses(read_metrics(elastic.metrics_path)), losses(read_metrics(fixed.metrics_path))
+    assert len(ours) == 400
+    assert ours[:60] == pytest.approx(theirs[:60], abs=EXACT, rel=0)
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(
+    cluster: Cluster, tiny_valley: Path, store: Path, tmp_path: Path
+) -> None:
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    config = make_config(
+        tiny_valley, store, tmp_path, "drained", stages=stages(300), num_workers=1, cpus_per_worker=1, max_failures=0
+    )
+    thread = once(tmp_path / "drained", 20, lambda: (cluster.add_node(num_cpus=1), drain(cluster, node.node_id)))
+    train(config)
+    thread.join(timeout=5)
+    first, second = attempts(tmp_path / "drained")
+    assert (first["after_step"], second["after_step"] >= 20) == (0, True), "without any regular checkpoint"
+
+
+def drain(cluster: Cluster, node_id: str) -> None:
+    deadline_ms = int((time.time() + 60) * 1000)
+    accepted, reason = GcsClient(cluster.address).drain_node(node_id, PREEMPTION, "taken away", deadline_ms)
+    assert accepted, reason
