@@ -26,7 +26,7 @@ class AnswerSettings(DecodeSettings):
     turns: Literal["all", "last"] = "all"
     """Which answers of a conversation of several turns are asked for, each after the turns before it as recorded."""
     max_samples: int | None = Field(default=None, ge=1)
-    """Samples that are asked about, drawn by `seed`; None: all of them."""
+    """Samples that are asked about, drawn by `seed`, then clips that nobody asks about; None: all of them."""
     seed: int = Field(default=0, ge=0)
     """Draws the samples, the rows that the page shows, and random answers where `temperature` is above 0."""
     model: Path | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from valley_ray.chat.conversation import MEDIA_MARK
@@ -50,8 +51,8 @@ def read_questions(
         DataError: there is none; the sources are clips that nobody asks about and `question` is not set.
     """
     rows = np.arange(samples.num_rows)
-    if settings.max_samples is not None and settings.max_samples < samples.num_rows:
-        rows = np.sort(np.random.default_rng(settings.seed).permutation(rows)[: settings.max_samples])
+    if settings.max_samples is not None:
+        rows = _drawn(rows, settings.max_samples, settings.seed)
     formats = {source.name: source.format for source in summary.sources}
     parts, batch = [], []
     for row in _rows(clips, samples.take(pa.array(rows, pa.int64())), settings):
@@ -86,12 +87,16 @@ def _rows(clips: pa.Table, samples: pa.Table, settings: AnswerSettings) -> Itera
             yield from _of_sample(sample, last_alone=settings.turns == "last")
     if settings.question is None:
         return
-    left = settings.max_samples - samples.num_rows if settings.max_samples is not None else clips.num_rows
-    for batch in clips.to_batches(max_chunksize=_BATCH_ROWS):
-        for clip in batch.to_pylist():
-            if clip["clip_id"] not in shown and left > 0:
-                left -= 1
-                yield _of_clip(clip, settings.question)
+    alone = np.array([row for row, name in enumerate(clips["clip_id"].to_pylist()) if name not in shown], np.int64)
+    if settings.max_samples is not None:
+        alone = _drawn(alone, max(0, settings.max_samples - samples.num_rows), settings.seed)
+    for batch in clips.take(pa.array(alone)).to_batches(max_chunksize=_BATCH_ROWS):
+        yield from (_of_clip(clip, settings.question) for clip in batch.to_pylist())
+
+
+def _drawn(rows: npt.NDArray[np.int64], number: int, seed: int) -> npt.NDArray[np.int64]:
+    """At most `number` of the rows, in their order."""
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:number])
 
 
 def _of_sample(sample: Mapping[str, Any], *, last_alone: bool) -> Iterator[dict[str, Any]]:

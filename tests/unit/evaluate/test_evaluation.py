@@ -90,6 +90,19 @@ def test_the_page_shows_rows_with_frames_and_runs_nothing(evaluated: tuple[Path,
     ]
 
 
+def test_clips_that_no_record_asks_about_are_answered_without_numbers(tiny_valley: Path, tmp_path: Path) -> None:
+    folder = make_records(tmp_path / "asked").parent
+    (folder / "records.json").unlink()
+    config = settings(folder, question="What is moving?", best="answered")
+    assert evaluate_checkpoint(tiny_valley, config, output=tmp_path / "run") == {"answered": 3 / 4}
+    rows = pq.read_table(tmp_path / "run/evaluation/latest/predictions.parquet").to_pylist()
+    assert [Path(row["sample_id"]).name for row in rows if row["prediction"]] == ["0.mp4", "1.mp4", "2.mp4"]
+    page = Page((tmp_path / "run/evaluation/latest/predictions.html").read_text(encoding="utf-8"))
+    assert [row[2] for row in page.rows("Answers")] == ["no reference"] * 3
+    fewer = settings(folder, question="What is moving?", best="answered", max_samples=1, seed=1)
+    assert evaluate_checkpoint(tiny_valley, fewer, output=tmp_path / "run") == {"answered": 1.0}
+
+
 def test_mistakes_are_said_before_a_model_is_opened(tiny_valley: Path, records: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs model and output"):
         check_evaluation(settings(records))
