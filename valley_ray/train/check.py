@@ -35,9 +35,10 @@ def check_run(config: TrainConfig) -> tuple[str, ...]:
         CheckpointError: the model folder, its tower or its processor cannot be opened.
     """
     check_folders(config)
-    for name in config.trackers:
-        if not has_package(name):
-            raise ConfigError(f"trackers: {name} is not installed; pip install {name}, or leave it out")
+    if config.trackers:
+        from valley_ray.train.trackers import check_trackers
+
+        check_trackers(config.trackers)
     model_config = _check_model(config)
     processor = _check_processor(config)
     _check_data(config, processor)

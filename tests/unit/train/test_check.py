@@ -19,6 +19,7 @@ from valley_ray.processor import ValleyProcessor
 from valley_ray.train.check import check_run
 from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.stage_config import StageConfig
+from valley_ray.train.trackers import MODULES
 
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 
@@ -157,8 +158,8 @@ def test_adapters_that_do_not_go_with_zero_or_with_the_stage_are_refused(
 def test_a_tracker_that_is_not_installed_is_named(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("valley_ray.train.check.has_package", lambda name: name != "mlflow")
-    refused(config(trackers=("tensorboard", "mlflow")), "pip install mlflow")
+    monkeypatch.setitem(MODULES, "mlflow", "a_package_that_nobody_has")
+    refused(config(trackers=("tensorboard", "mlflow")), "trackers: mlflow needs")
     assert check_run(config(trackers=("tensorboard",))) == ()
 
 
