@@ -151,7 +151,7 @@ def second_epoch_decodes(videos: Sequence[Path], folder: Path) -> int:
     def run(name: str, seed: int) -> int:
         config = PipelineConfig(
             records=(folder / "records.json",),
-            media_root=media,
+            media_root=(media,),
             model=folder / "model",
             windows_dir=folder / name,
             shards_dir=folder / "shards",
