@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import ray
 from clips import write_clip
@@ -21,6 +22,7 @@ from valley_ray.errors import ConfigError, PortInUseError
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.serve.app import APP_NAME, ServedApp, run
 from valley_ray.serve.config import DeploymentConfig, ServeConfig
+from valley_ray.serve.files import FilesConfig
 
 pytestmark = pytest.mark.ray
 
@@ -43,6 +45,7 @@ def app(tiny_valley: Path, folder: Path) -> Iterator[ServedApp]:
         model=tiny_valley,
         model_name="tiny",
         allow_roots=(folder,),
+        files=FilesConfig(folder=folder / "uploads"),
         num_slots=4,
         ingress=SMALL,
         sampler=SMALL,
@@ -168,6 +171,24 @@ def test_frame_sampling_and_seed_of_the_request_are_used(
         assert text_of(reply) == expected.text
 
 
+def test_the_openai_client_uploads_asks_and_reads_probabilities(app: ServedApp, folder: Path) -> None:
+    client = openai.OpenAI(base_url=f"{app.url}/v1", api_key="none", max_retries=0)
+    by_path = client.chat.completions.create(**body(folder / "3.mp4"))
+    stored = client.files.create(file=folder / "3.mp4", purpose="vision")
+    asked = client.chat.completions.create(
+        **body(stored.id), n=2, temperature=1.0, top_p=1e-9, logprobs=True, top_logprobs=3
+    )
+    # So small a top_p leaves the likeliest token: drawn answers are the greedy one, over requests of their own.
+    assert {choice.message.content for choice in asked.choices} == {by_path.choices[0].message.content}
+    assert asked.choices[1].logprobs is not None
+    assert len(asked.choices[1].logprobs.content[0].top_logprobs) == 3
+    client.files.delete(stored.id)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**body(stored.id))
+    with pytest.raises(openai.BadRequestError, match="no frame between"):
+        client.chat.completions.create(**body(folder / "3.mp4"), extra_body={"start_s": 1000})
+
+
 def test_text_alone_and_several_turns_are_answered(client: httpx.Client) -> None:
     messages = [
         {"role": "system", "content": "Answer about the video."},
@@ -225,7 +246,11 @@ def test_a_client_that_goes_away_frees_its_slot(app: ServedApp, client: httpx.Cl
 
 
 def test_models_and_health(client: httpx.Client) -> None:
-    assert client.get("/health").json() == {"status": "ok", "model": "tiny"}
+    for path in ("/health", "/ready"):
+        assert client.get(path).json() == {"status": "ok", "model": "tiny"}
+    named = client.get("/health", headers={"x-request-id": "mine-1"})
+    assert named.headers.get_list("x-request-id") == ["mine-1"], "Serve's proxy sends it, and nobody sends it twice"
+    assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/nowhere").json()["error"]["code"] == "http_404"
@@ -254,6 +279,12 @@ def test_a_port_in_use_is_named(app: ServedApp, tiny_valley: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PortInUseError, match=f"127.0.0.1:{port}"), run(ServeConfig(model=tiny_valley), port=port):
             pass
+
+
+def test_a_network_is_not_answered_without_keys(app: ServedApp, tiny_valley: Path) -> None:
+    everywhere = run(ServeConfig(model=tiny_valley), host="0.0.0.0", port=0)
+    with pytest.raises(ConfigError, match="allow_no_keys"), everywhere:
+        pass
 
 
 def test_a_second_serve_on_the_same_ray_is_refused(app: ServedApp, tiny_valley: Path) -> None:

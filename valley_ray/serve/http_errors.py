@@ -22,7 +22,6 @@ from valley_ray.errors import (
     FetchError,
     MediaError,
     OverloadedError,
-    SamplingError,
     UnavailableError,
     UnknownModelError,
     ValleyError,
@@ -38,7 +37,6 @@ _FORMS = (("content", "string"), ("content", "parts"), ("stop", "string"), ("sto
 _PARAMS: tuple[tuple[type[ValleyError], str], ...] = (
     (UnknownModelError, "model"),
     (UnknownFileError, "file_id"),
-    (SamplingError, "num_frames"),
     (FetchError, "messages"),
     (MediaError, "messages"),
     (ConversationError, "messages"),
@@ -142,7 +140,13 @@ def _body(message: str, status: int, code: str, param: str | None) -> dict[str, 
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     if status == 413:
         code = RequestTooLargeError.code
+    # Half a surrogate pair, which a client can write in JSON, cannot be sent back.
+    message, param = _sendable(message), None if param is None else _sendable(param)
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _path(problem: dict[str, Any]) -> str:

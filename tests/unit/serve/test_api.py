@@ -120,6 +120,19 @@ async def test_bad_fields_are_named(change: dict[str, Any], message: str, param:
     assert not recorder.requests
 
 
+async def test_half_characters_are_refused_like_anything_else() -> None:
+    for body in (
+        {**HELLO, "\ud800": 1},
+        {**HELLO, "model": "\ud800"},
+        {"model": "tiny", "messages": [{"role": "user", "content": "a \ud800"}]},
+        {"model": "tiny", "messages": [{"role": "\udfff", "content": "a"}]},
+    ):
+        content = json.dumps(body).encode()
+        reply = await send(app(), content=content, headers={"content-type": "application/json"})
+        assert reply.status_code in (400, 404), reply.text
+        assert reply.json()["error"]["message"]
+
+
 async def test_broken_json_and_missing_content_type_are_said_plainly() -> None:
     front = app(two_words())
     broken = await send(front, content=b'{"model"', headers={"content-type": "application/json"})
