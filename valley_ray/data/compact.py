@@ -76,6 +76,8 @@ def compact_locked(shards_dir: Path, *, target_bytes: int = TARGET_BYTES) -> Com
 def moved_places(clips: pa.Table, shards_dir: Path) -> pa.Table:
     """A ledger (CLIPS_SCHEMA) with the present place of every row that has moved."""
     moved = read_moved(shards_dir)
+    if not moved:
+        return clips
     shards, rows = clips["shard"].to_pylist(), clips["row"].to_pylist()
     places = [
         (moved[shard][0], moved[shard][1] + row) if shard in moved else (shard, row)

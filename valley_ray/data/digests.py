@@ -5,8 +5,9 @@ their digest already. A folder of frames counts as its images, one after the oth
 """
 
 import hashlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +18,9 @@ from valley_ray.data.schema import CLIPS_SCHEMA, uris_of
 from valley_ray.media.source import frame_files
 
 DIGEST_BYTES = 16
+KNOWN = pa.schema([CLIPS_SCHEMA.field(name) for name in ("uri", "etag", "size_bytes", "content_digest")])
+"""Columns of a ledger that tell what was read before."""
+_BATCH_ROWS = 1 << 14
 FILES_PER_TASK = 64
 TASKS_AHEAD = 64
 """Tasks that are handed to Ray before the first result is waited for; on one node no more than it has CPUs."""
@@ -26,35 +30,41 @@ def with_digests(clips: pa.Table, earlier: pa.Table, *, num_cpus: float) -> pa.T
     """`clips` (CLIPS_SCHEMA) with content_digest where its bytes may equal another row's; needs a connected Ray.
 
     Args:
-        earlier: a former ledger; what it knows of the same files is not read again.
+        earlier: a former ledger (KNOWN); what it knows of the same files is not read again.
         num_cpus: what a task that reads files reserves.
     """
-    rows = clips.select(["clip_id", "kind", "uri", "etag", "size_bytes", "content_digest"]).to_pylist()
-    known = {
-        (row["uri"], row["etag"], row["size_bytes"]): row["content_digest"]
-        for row in [*earlier.select(["uri", "etag", "size_bytes", "content_digest"]).to_pylist(), *rows]
-        if row["content_digest"]
-    }
-    uris_of_size: dict[int | None, set[str]] = {}
-    for row in rows:
-        uris_of_size.setdefault(row["size_bytes"], set()).add(row["uri"])
-    wanted = {
-        (row["uri"], row["etag"], row["size_bytes"]): uris_of(row["kind"], row["uri"])
-        for row in rows
-        if row["size_bytes"] is not None and len(uris_of_size[row["size_bytes"]]) > 1
-    }
+    told = (row for table in (earlier, clips) for row in _rows(_with_digest(table), KNOWN))
+    known = {_key(row): row["content_digest"] for row in told}
+    sizes = clips.group_by("size_bytes").aggregate([("uri", "count_distinct")])
+    repeated = sizes.filter(pc.greater(sizes["uri_count_distinct"], 1))["size_bytes"].drop_null()
+    alike = clips.filter(pc.is_in(clips["size_bytes"], value_set=repeated))
+    wanted = {_key(row): uris_of(row["kind"], row["uri"]) for row in _rows(alike, CLIPS_SCHEMA)}
     missing = [key for key in wanted if key not in known and not any("://" in uri for uri in wanted[key])]
     known.update(zip(missing, _digests([wanted[key] for key in missing], num_cpus=num_cpus), strict=True))
-    digests = [known.get((row["uri"], row["etag"], row["size_bytes"]), "") for row in rows]
-    column = CLIPS_SCHEMA.get_field_index("content_digest")
-    return clips.set_column(column, "content_digest", pa.array(digests, pa.string()))
+    if not known:
+        return clips
+    digests = pa.array((known.get(_key(row), "") for row in _rows(clips, KNOWN)), pa.string())
+    return clips.set_column(CLIPS_SCHEMA.get_field_index("content_digest"), "content_digest", digests)
 
 
 def num_repeated_contents(clips: pa.Table) -> int:
     """Rows that show the same bytes as an earlier row: one digest, one window."""
-    known = clips.filter(pc.not_equal(pc.fill_null(clips["content_digest"], ""), ""))
+    known = _with_digest(clips)
     groups = known.group_by(["content_digest", "start_s", "end_s"]).aggregate([([], "count_all")])
     return int(known.num_rows - groups.num_rows)
+
+
+def _with_digest(clips: pa.Table) -> pa.Table:
+    return clips.filter(pc.not_equal(pc.fill_null(clips["content_digest"], ""), ""))
+
+
+def _rows(clips: pa.Table, schema: pa.Schema) -> Generator[dict[str, Any], None, None]:
+    for batch in clips.select(schema.names).to_batches(max_chunksize=_BATCH_ROWS):
+        yield from batch.to_pylist()
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["uri"], row["etag"], row["size_bytes"]
 
 
 def _digests(files: Sequence[Sequence[str]], *, num_cpus: float) -> list[str]:

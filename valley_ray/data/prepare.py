@@ -18,12 +18,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from valley_ray.data.check import CLIPS_DIR, SAMPLES_DIR, TABLE_PATTERN, check_output
@@ -31,19 +32,28 @@ from valley_ray.data.commit import exclusive, storing, write_json
 from valley_ray.data.compact import compact_locked, moved_places
 from valley_ray.data.config import PrepareConfig
 from valley_ray.data.decoding import Decoding, decode_stage
-from valley_ray.data.digests import with_digests
+from valley_ray.data.digests import KNOWN, with_digests
 from valley_ray.data.feature_store import FeatureSet
 from valley_ray.data.features import feature_set, features_of_clips
 from valley_ray.data.frame_store import read_json
+from valley_ray.data.mapped import pick
 from valley_ray.data.metrics import DecodeProgress
 from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.report import write_report
-from valley_ray.data.schema import CLIPS_SCHEMA, OK, PENDING, SAMPLES_SCHEMA
+from valley_ray.data.schema import OK, PENDING, SAMPLES_SCHEMA
 from valley_ray.data.shards import WindowStore
 from valley_ray.data.sources import mixing_order, read_catalog, write_catalog
 from valley_ray.data.stages import decoder_version
-from valley_ray.data.summary import REPORT_FILE, SUMMARY_FILE, PrepareSummary, counts_by_status, counts_of_clips
+from valley_ray.data.summary import (
+    COUNTED,
+    REPORT_FILE,
+    SUMMARY_FILE,
+    PrepareSummary,
+    counts_by_status,
+    counts_of_clips,
+)
 from valley_ray.data.windows import (
+    LEDGER_ROWS,
     Outcome,
     known_outcomes,
     ledger,
@@ -64,6 +74,8 @@ __all__ = ["PrepareSummary", "prepare", "read_tables"]
 CATALOG_DIR, SHARDS_DIR, WINDOWS_DIR = "catalog", "shards", "windows"
 RETRIED_FILE = "retried.json"
 ROWS_PER_FILE = 1 << 17
+_TOLD = pa.schema([SAMPLES_SCHEMA.field(name) for name in ("num_tokens", "status", "error_class", "error")])
+"""Columns of the samples that a run fills."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +126,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         _replace_tables(output / SAMPLES_DIR, samples)
         windows_dir = _windows_dir(plan) if plan is not None else None
         summary = PrepareSummary(
-            **counts_of_clips(clips, read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)),
+            **counts_of_clips(clips, read_tables(output / CLIPS_DIR, COUNTED)),
             **{f"samples_{name}": value for name, value in counts_by_status(samples).items()},
             **{f"features_{name}": value for name, value in dataclasses.asdict(features).items()},
             clips_decoded=num_decoded,
@@ -209,25 +221,31 @@ def _windows_dir(plan: Plan) -> str:
 
 def _samples(job: _Job, outcomes: Mapping[str, Outcome], plan: Plan | None) -> pa.Table:
     """The samples table with what came of each."""
-    names = ["num_tokens", "status", "error_class", "error"]
-    rows = job.samples.select(["sample_id", "clip_ids", *names]).to_pylist()
     if plan is not None:
-        made = _tokenized(WindowStore(job.output / _windows_dir(plan)), names)
-        rows = [made[row["sample_id"]] for row in rows]
+        told = _tokenized(job, WindowStore(job.output / _windows_dir(plan)))
     else:
-        rows = [row | _status_of(row, outcomes) for row in rows]
+        told = _by_clips(job.samples, outcomes)
     table = job.samples
-    for name in names:
-        field = SAMPLES_SCHEMA.field(name)
-        column = pa.array([row[name] for row in rows], field.type)
-        table = table.set_column(SAMPLES_SCHEMA.get_field_index(name), field, column)
+    for field in _TOLD:
+        table = table.set_column(SAMPLES_SCHEMA.get_field_index(field.name), field, told[field.name])
     return table
 
 
-def _tokenized(store: WindowStore, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What the windows say about each sample."""
-    tables = (store.read(manifest).table.select(["sample_id", *names]) for manifest in store.committed())
-    return {row["sample_id"]: row for table in tables for row in table.to_pylist()}
+def _tokenized(job: _Job, store: WindowStore) -> pa.Table:
+    """What the windows say about each sample (_TOLD), in the order of the table."""
+    tables = [store.read(manifest).table.select(_TOLD.names).cast(_TOLD) for manifest in store.committed()]
+    places = np.empty(len(job.order), np.int64)
+    places[job.order] = np.arange(len(job.order))
+    return pick(pa.concat_tables([_TOLD.empty_table(), *tables]), places)
+
+
+def _by_clips(samples: pa.Table, outcomes: Mapping[str, Outcome]) -> pa.Table:
+    """What comes of each sample (_TOLD) by its clips alone."""
+    parts = [_TOLD.empty_table()]
+    for batch in samples.select(["clip_ids", *_TOLD.names]).to_batches(max_chunksize=LEDGER_ROWS):
+        rows = [row | _status_of(row, outcomes) for row in batch.to_pylist()]
+        parts.append(pa.Table.from_pylist(rows, schema=_TOLD))
+    return pa.concat_tables(parts)
 
 
 def _status_of(sample: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -239,7 +257,10 @@ def _status_of(sample: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> di
 
 
 def _earlier_ledger(output: Path) -> pa.Table:
-    return read_tables(output / CLIPS_DIR, CLIPS_SCHEMA)
+    has_digest = pc.greater(pc.field("content_digest"), "")
+    paths = sorted((output / CLIPS_DIR).glob(TABLE_PATTERN))
+    parts = (pq.read_table(path, schema=KNOWN, filters=has_digest) for path in paths)
+    return pa.concat_tables([KNOWN.empty_table(), *parts])
 
 
 def _replace_tables(directory: Path, table: pa.Table) -> None:

@@ -5,13 +5,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from valley_ray.data.digests import num_repeated_contents
-from valley_ray.data.schema import FAILED, OK
+from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
+COUNTED = pa.schema([CLIPS_SCHEMA.field(name) for name in ("clip_id", "status", "error_class", "shard", "row")])
+"""Columns of the ledger that are counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +77,15 @@ def counts_by_status(table: pa.Table) -> dict[str, Any]:
 
 
 def counts_of_clips(clips: pa.Table, written: pa.Table) -> dict[str, Any]:
-    """Counts of the ledger, as it can be read back."""
+    """Counts of the ledger; `written` is what can be read back of it (COUNTED)."""
     counts = counts_by_status(written)
     placed = written.filter(pc.is_valid(written["shard"]))
-    repeated = [
-        table.num_rows - table.group_by(columns).aggregate([]).num_rows
-        for table, columns in ((written, ["clip_id"]), (placed, ["shard", "row"]))
-    ]
+    shards = pc.index_in(placed["shard"], value_set=pc.unique(placed["shard"])).to_numpy().astype(np.int64)
+    num_places = len(np.unique(shards << 32 | placed["row"].to_numpy()))
+    num_repeated = (written.num_rows - pc.count_distinct(written["clip_id"]).as_py(), placed.num_rows - num_places)
     return {
         "rows_in": counts.pop("in"),
         **counts,
         "duplicates": num_repeated_contents(clips),
-        "repeated_rows": max(repeated),
+        "repeated_rows": max(num_repeated),
     }

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from valley_ray.data.commit import write_json
 from valley_ray.data.frame_store import shard_paths
 from valley_ray.data.journal import remove_journals
+from valley_ray.data.mapped import pick
 from valley_ray.data.outcomes import Outcome as Outcome
 from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK
@@ -56,16 +58,20 @@ def plan_windows(
     clips: pa.Table, samples: pa.Table, order: npt.NDArray[np.int64], window_size: int
 ) -> list[PlannedWindow]:
     """Cut `order` (int64 [N], rows of the samples table) into windows; a clip goes to the first that shows it."""
-    row_of = {clip_id: row for row, clip_id in enumerate(clips["clip_id"].to_pylist())}
-    clip_ids = samples["clip_ids"].to_pylist()
-    seen: set[int] = set()
+    found = pc.index_in(pc.list_flatten(samples["clip_ids"]), value_set=clips["clip_id"])
+    assert not found.null_count, "samples show clips that are not in the table"
+    shown = found.to_numpy().astype(np.int64)
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(samples["clip_ids"]), 0))
+    is_seen = np.zeros(clips.num_rows, bool)
     windows = []
     for index, first in enumerate(range(0, len(order), window_size)):
         rows = order[first : first + window_size]
-        shown = dict.fromkeys(row_of[clip_id] for row in rows.tolist() for clip_id in clip_ids[row])
-        new = [row for row in shown if row not in seen]
-        seen.update(new)
-        windows.append(PlannedWindow(index, first, rows, np.array(new, np.int64)))
+        parts = [shown[ends[row - 1] if row else 0 : ends[row]] for row in rows.tolist()]
+        of_window = np.concatenate([np.empty(0, np.int64), *parts])
+        once = of_window[np.sort(np.unique(of_window, return_index=True)[1])]
+        new = once[~is_seen[once]]
+        is_seen[new] = True
+        windows.append(PlannedWindow(index, first, rows, new))
     return windows
 
 
@@ -80,7 +86,7 @@ def blocks_of(
     columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
     num_left = clips.num_rows - len(done)
     for window in windows:
-        rows = [row for row in clips.select(columns).take(window.clips).to_pylist() if row["clip_id"] not in done]
+        rows = [row for row in pick(clips.select(columns), window.clips).to_pylist() if row["clip_id"] not in done]
         block = first = 0
         while first < len(rows):
             part = rows[first : first + size_of(num_left)]
@@ -153,8 +159,11 @@ def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> Outco
     that could be decoded. Where several shards hold a clip, one that succeeded counts. Shards of other clips, other
     sizes or times of the same files, or with another `fingerprint` (see `decode_fingerprint`) are left alone.
     """
-    columns = clips.select(["clip_id", "etag", "size_bytes"]).to_pydict()
-    keys = dict(zip(columns["clip_id"], zip(columns["etag"], columns["size_bytes"], strict=True), strict=True))
+    wanted = {
+        _key(row)
+        for batch in clips.select(["clip_id", "etag", "size_bytes"]).to_batches(max_chunksize=LEDGER_ROWS)
+        for row in batch.to_pylist()
+    }
     failed = clips.filter(pc.equal(clips["status"], FAILED)).select(OUTCOME_SCHEMA.names).to_pylist()
     known = Outcomes((row["clip_id"], row) for row in failed)
     for path in shard_paths(shards_dir):
@@ -166,11 +175,17 @@ def known_outcomes(shards_dir: Path, clips: pa.Table, fingerprint: str) -> Outco
             path.rename(path.with_name(f"{path.name}.damaged"))
             continue
         for outcome in outcomes if made_with == fingerprint else ():
-            clip_id, key = outcome["clip_id"], (outcome.pop("etag"), outcome.pop("size_bytes"))
+            clip_id = outcome["clip_id"]
             is_better = clip_id not in known or (known[clip_id]["status"], outcome["status"]) == (FAILED, OK)
-            if keys.get(clip_id) == key and is_better:
-                known[clip_id] = outcome
+            if is_better and _key(outcome) in wanted:
+                known[clip_id] = {name: outcome[name] for name in OUTCOME_SCHEMA.names if name in outcome}
     return known
+
+
+def _key(row: Mapping[str, Any]) -> bytes:
+    """Digest of what a clip shows and of which bytes: smaller than the three."""
+    key = json.dumps([row["clip_id"], row["etag"], row["size_bytes"]])
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).digest()
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from valley_ray.data.commit import commit_window
 from valley_ray.data.decoding import Decoding
+from valley_ray.data.mapped import pick
 from valley_ray.data.schema import OK
 from valley_ray.data.shards import StoreInfo, WindowManifest, WindowStore
 from valley_ray.data.stages import TokenizeStage, decoder_version
@@ -76,11 +77,11 @@ def write_windows(
 ) -> list[WindowManifest]:
     """Commit the windows that `store` lacks, each as soon as its clips are there; returns the manifests of all."""
     manifests = store.committed()
-    clip_ids = plan.clips["clip_id"]
+    clip_ids = plan.clips.select(["clip_id"])
     for window in plan.windows[len(manifests) :]:
         # Its clips, and those that windows of an earlier run were the first to show.
-        shown = plan.samples["clip_ids"].take(window.samples).to_pylist()
-        decoding.wait({*clip_ids.take(window.clips).to_pylist(), *(one for ids in shown for one in ids)})
+        shown = pick(plan.samples.select(["clip_ids"]), window.samples)["clip_ids"].to_pylist()
+        decoding.wait({*pick(clip_ids, window.clips)["clip_id"].to_pylist(), *(one for ids in shown for one in ids)})
         manifest = _commit(window, plan, store.directory, decoding)
         manifests.append(manifest)
         if on_window is not None:
@@ -89,7 +90,7 @@ def write_windows(
 
 
 def _commit(window: PlannedWindow, plan: Plan, directory: Path, decoding: Decoding) -> WindowManifest:
-    samples = plan.samples.take(window.samples).to_pylist()
+    samples = pick(plan.samples, window.samples).to_pylist()
     outcomes = decoding.outcomes
     ids = {clip_id for sample in samples for clip_id in sample["clip_ids"]}
     tokenized = TokenizeStage(plan.processor)(samples, outcomes)
@@ -110,6 +111,6 @@ def _commit(window: PlannedWindow, plan: Plan, directory: Path, decoding: Decodi
         fingerprint=plan.info.fingerprint,
         is_last=window.index == len(plan.windows) - 1,
     )
-    clips = ledger(plan.clips.take(window.clips), outcomes, plan.sampling.key)
+    clips = ledger(pick(plan.clips, window.clips), outcomes, plan.sampling.key)
     commit_window(directory, manifest, tokenized, clips)
     return manifest

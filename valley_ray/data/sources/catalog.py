@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valley_ray.data.commit import write_json
+from valley_ray.data.mapped import MAPPED_PATTERN, mapped
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, SAMPLES_SCHEMA
 from valley_ray.data.sources.config import SourceConfig
 from valley_ray.data.sources.files import last_part, normalized, shown
@@ -95,19 +96,10 @@ def write_catalog(sources: Sequence[SourceConfig], directory: Path) -> CatalogSu
 
 
 def read_catalog(directory: Path) -> tuple[pa.Table, pa.Table]:
-    """The (clips, samples) of a catalog; raises DataError where there is none or a file of it is damaged."""
+    """The (clips, samples) of a catalog, mapped; raises DataError where there is none or a file of it is damaged."""
     read_summary(directory)
-    tables = []
-    for kind, schema in (("clips", CLIPS_SCHEMA), ("samples", SAMPLES_SCHEMA)):
-        parts = [schema.empty_table()]
-        for path in sorted(directory.glob(f"{kind}-*.parquet")):
-            try:
-                parts.append(pq.read_table(path, schema=schema))
-            except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise DataError(f"{path} is no table of {kind} ({reason}); write the catalog again") from error
-        tables.append(pa.concat_tables(parts))
-    return tables[0], tables[1]
+    clips = mapped(_batches(directory, "clips", CLIPS_SCHEMA), CLIPS_SCHEMA, directory)
+    return clips, mapped(_batches(directory, "samples", SAMPLES_SCHEMA), SAMPLES_SCHEMA, directory)
 
 
 def read_summary(directory: Path) -> CatalogSummary:
@@ -259,10 +251,23 @@ def _numbered(name: str) -> Iterator[str]:
     yield from (f"{name}#{number}" for number in itertools.count(2))
 
 
+def _batches(directory: Path, kind: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for path in sorted(directory.glob(f"{kind}-*.parquet")):
+        try:
+            with pq.ParquetFile(path) as file:
+                if not file.schema_arrow.equals(schema):
+                    raise pa.ArrowInvalid(f"its columns are {', '.join(file.schema_arrow.names)}")
+                yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} is no table of {kind} ({reason}); write the catalog again") from error
+
+
 def _put_in_place(temporary: Path, directory: Path, summary: CatalogSummary) -> None:
     (directory / CATALOG_FILE).unlink(missing_ok=True)
-    for old in itertools.chain(directory.glob("clips-*.parquet"), directory.glob("samples-*.parquet")):
-        old.unlink()
+    for pattern in ("clips-*.parquet", "samples-*.parquet", MAPPED_PATTERN):
+        for old in directory.glob(pattern):
+            old.unlink()
     for new in sorted(temporary.iterdir()):
         new.rename(directory / new.name)
     write_json(directory / CATALOG_FILE, dataclasses.asdict(summary))
