@@ -64,9 +64,9 @@ def tiny(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     elif family == "mistral_sliding":
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=9))
     elif family == "gemma2":
-        model = Gemma2ForCausalLM(
-            Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=0.5, sliding_window=9)
-        )
+        sizes = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 9}
+        # Wide weights: scores that reach the cap.
+        model = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.5))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
     else:

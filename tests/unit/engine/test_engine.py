@@ -195,6 +195,10 @@ def test_a_like_beginning_is_computed_once(kind: str) -> None:
         [events] = events_of(engine, (Prompt(ids), params))
         assert [event.token_id for event in events] == generate(model, ids, 6)
         assert {event.num_cached_tokens for event in events} == {shared if index else 0}
+    # The last position is always computed: its logits choose the first token.
+    [events] = events_of(engine, (Prompt(questions[2]), params))
+    assert events[0].num_cached_tokens == len(questions[2]) - 1
+    assert [event.token_id for event in events] == generate(model, questions[2], 6)
     # At once, and the same prompt twice: several answers to one question.
     answers = events_of(engine, *((Prompt(ids), params) for ids in (*questions, questions[0])))
     assert [[event.token_id for event in events] for events in answers] == [
