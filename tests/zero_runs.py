@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 from train_batches import KINDS, BatchMaker
 
 from valley_ray.data.shards import Sample
@@ -73,6 +72,8 @@ class Outcome:
     parameters: dict[str, torch.Tensor]
     gradients: list[dict[str, torch.Tensor]]
     """Of each step, before clipping; [] where they were not asked for."""
+    num_skipped: int = 0
+    """Steps whose gradients overflowed."""
 
 
 def steady_batches(maker: BatchMaker) -> list[Slots]:
@@ -100,13 +101,16 @@ def random_patterns(maker: BatchMaker, num_patterns: int) -> list[Slots]:
     return batches
 
 
-def open_stage(case: Case, folder: Path) -> tuple[ValleyForConditionalGeneration, tuple[ParameterGroup, ...]]:
+def open_stage(
+    case: Case, folder: Path, *, device: torch.device = CPU
+) -> tuple[ValleyForConditionalGeneration, tuple[ParameterGroup, ...]]:
     """The model of a case, with the same fresh adapter wherever it is opened, marked for its stage."""
     config, stage = case.configs(folder)
     model = ValleyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     if "lora" in stage.parts:
         torch.manual_seed(0)
-        add_lora(model.core, LoraSettings(**(config.lora or {})))
+        add_lora(model.core, LoraSettings(**(config.lora or {})), quantized=True)
+    model.to(device)
     return model, prepare_stage(model.core, stage, tower=model.vision_tower)
 
 
@@ -117,6 +121,8 @@ class KeepingEngine(ZeroEngine):
     kept: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def step(self, scale: float) -> Applied:
+        from deepspeed.utils import safe_get_full_grad  # seconds of import that collecting tests should not pay
+
         named = [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]
         self.kept.append({name: safe_get_full_grad(parameter).clone() for name, parameter in named})
         return super().step(scale)
@@ -151,7 +157,7 @@ class Run:
         return 0.0 if self.num_patterns else learning_rate_scale(index, NUM_STEPS, stage)
 
 
-def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path) -> Outcome:
+def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path, device: torch.device = CPU) -> Outcome:
     """The steps as the loop makes them; called on every rank of a process group, `shared` is a folder of all ranks."""
     config, stage = run.case.configs(folder)
     kept: list[dict[str, torch.Tensor]] = []
@@ -161,14 +167,14 @@ def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path) 
     if run.resumes_at is not None:
         parts = [range(run.resumes_at), range(run.resumes_at, len(batches))]
     for part in parts:
-        model, groups = open_stage(run.case, folder)
+        model, groups = open_stage(run.case, folder, device=device)
         with mock.patch.object(zero, "deepspeed_settings", _settings_without_thresholds):
             engine = zero.build_engine(trainable_module(model, stage, config), groups, config, stage, world=world)
         if run.num_patterns:
             engine = KeepingEngine(engine.engine, engine.groups, engine.zero_stage, kept)
         if part.start:
             engine.load(shared, tag="half")
-        options = {"device": CPU, "rank": rank, "world": world, "seed": 0, "precision": config.precision}
+        options = {"device": device, "rank": rank, "world": world, "seed": 0, "precision": config.precision}
         stepper = Stepper(model, engine, FeatureCache(0), **options)
         for index in part:
             step = maker.step(batches[index], index=index, rank=rank, world=world)
@@ -179,7 +185,8 @@ def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path) 
         parameters = engine.trained_parameters()
         engine.close()
     assert all(result.is_finite for result in results)
-    return Outcome([result.loss for result in results], [result.grad_norm for result in results], parameters, kept)
+    losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
+    return Outcome(losses, norms, parameters, kept, num_skipped=sum(result.is_skipped for result in results))
 
 
 def run_plain(run: Run, folder: Path) -> Outcome:

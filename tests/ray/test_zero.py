@@ -1,12 +1,22 @@
 """DeepSpeed on two gloo workers of Ray Train does what one process with torch's AdamW does."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import ray
+import torch
+from train_store import make_store
 from zero_runs import Case, Outcome, Run, largest_difference, run_plain
+
+from valley_ray.errors import TrainingError
+from valley_ray.model import ValleyForConditionalGeneration
+from valley_ray.processor import ValleyProcessor
+from valley_ray.train.config import DataConfig, TrainConfig
+from valley_ray.train.stage_config import StageConfig
+from valley_ray.train.trainer import train
 
 pytestmark = pytest.mark.ray
 
@@ -72,6 +82,36 @@ def test_engines_on_two_workers_equal_plain_torch_whatever_media_the_ranks_have(
 @pytest.mark.timeout(1200)
 def test_every_zero_stage_precision_and_kind_of_training_equals_plain_torch(tiny_valley: Path, tmp_path: Path) -> None:
     check(FULL, tiny_valley, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_both_ranks_and_leaves_the_ids_of_its_samples(
+    tiny_valley: Path, tmp_path: Path
+) -> None:
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    with torch.no_grad():
+        model.core.mm_projector.bias[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    ValleyProcessor.from_pretrained(tiny_valley).save_pretrained(tmp_path / "model")
+    store = make_store(tmp_path / "store", tiny_valley, num_samples=16)
+    stage = StageConfig(name="s", trainable=("projector",), learning_rate=1e-3, max_steps=3)
+    config = TrainConfig(
+        model=tmp_path / "model",
+        output=tmp_path / "out",
+        storage=str(tmp_path / "runs"),
+        run_name="nan",
+        data=DataConfig(windows_dir=store),
+        stages=(stage,),
+        global_batch_size=8,
+        micro_batch_size=2,
+    )
+    with pytest.raises(TrainingError, match="the loss is nan at step 1 of s; its samples are in"):
+        train(config)
+    files = sorted((tmp_path / "runs" / "nan").glob("nonfinite-rank*.json"))
+    ids = [json.loads(path.read_text())["sample_ids"] for path in files]
+    assert [len(of_rank) for of_rank in ids] == [4, 4]
+    assert set(ids[0]) | set(ids[1]) == {f"sample-{number}" for number in range(8)}
+    assert not (tmp_path / "out").exists()
 
 
 def check(runs: Sequence[Run], model: Path, folder: Path) -> None:
