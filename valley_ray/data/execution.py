@@ -78,6 +78,7 @@ def decode_blocks(
             # Each death in the middle of a clip is one of its attempts: the stage bounds them, and Ray must let it.
             max_retries=retries + MAX_ATTEMPTS * block_size,
         )
+    del blocks  # they lie in the object store now
     try:
         # Without prefetching, so that a window need not wait for the block after its last.
         for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
