@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from valley_ray.errors import ConfigError
 from valley_ray.train.packing import TORCH_VARLEN
 
 FIRST_CAPABILITY = (8, 0)
@@ -24,11 +25,28 @@ def use_packed_attention(core: Any, device: torch.device, *, precision: str) -> 
     """Give the language model of `core` (ValleyCore, on `device`) the attention that packed rows cost least with.
 
     Returns its name: that of the model as it is on CPUs, in float32 and on old GPUs.
+
+    Raises:
+        ConfigError: samples of this model cannot share a row.
     """
+    _check_packable(core)
     if device.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY:
         has_package = importlib.util.find_spec("flash_attn") is not None
         core.language_model.set_attn_implementation("flash_attention_2" if has_package else register_varlen())
     return str(core.language_model.config._attn_implementation)
+
+
+def _check_packable(core: Any) -> None:
+    if core.config.splice != "strict":
+        raise ConfigError(
+            f"pack_tokens puts several samples into a row, of which splice={core.config.splice} takes one clip; set "
+            "pack_tokens=null, or splice=strict in the model's config.json"
+        )
+    if getattr(core.language_model, "_is_stateful", False):
+        raise ConfigError(
+            f"{type(core.language_model).__name__} carries a state from one sample of a row to the next; set "
+            "pack_tokens=null"
+        )
 
 
 def register_varlen() -> str:

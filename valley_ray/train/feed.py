@@ -165,6 +165,8 @@ class Feeder:
             if number >= first_step:
                 yield StepPlan(number, plan.cut(batch, stream.known)), plan_hash
             number += 1
+        if not num_steps:
+            raise RunEndedError(f"data.weights draw no sample in {plan.epochs} epochs; raise one of the two")
 
     def _check(self, plan_hash: str) -> None:
         wanted = self._settings.plan_hash

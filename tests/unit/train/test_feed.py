@@ -205,6 +205,13 @@ def test_a_store_without_ok_samples_is_said(tmp_path: Path, tiny_valley: Path) -
         index.grow(timeout_s=1.0, stop=threading.Event())
 
 
+def test_weights_that_draw_nothing_are_said(tmp_path: Path, tiny_valley: Path) -> None:
+    directory = make_store(tmp_path / "store", tiny_valley, num_samples=4)
+    plan = dataclasses.replace(PLAN, weights={"records.json": 0.1})
+    with make_feeder(directory, tiny_valley, plan=plan) as feeder, pytest.raises(RunEndedError, match="draw no sample"):
+        next(iter(feeder))
+
+
 def test_leaving_early_stops_the_thread(store: Path, tiny_valley: Path) -> None:
     with make_feeder(store, tiny_valley) as feeder:
         next(iter(feeder))

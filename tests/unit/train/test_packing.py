@@ -11,6 +11,7 @@ from torch.nn.attention import varlen
 
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.data.shards import Sample
+from valley_ray.errors import ConfigError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.attention import register_varlen, use_packed_attention
@@ -167,6 +168,17 @@ def test_packed_gradients_through_torchs_kernels_are_the_padded_ones(
         for parameter, gradient in expected[1].items():
             difference = float((gradient - gradients[parameter]).abs().max())
             assert difference <= 1e-6 * max(1.0, float(gradient.abs().max())), parameter
+
+
+def test_models_whose_samples_cannot_share_a_row_are_refused(tiny_valley: Path) -> None:
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    model.core.use_splice("upstream")
+    with pytest.raises(ConfigError, match="splice=upstream takes one clip"):
+        use_packed_attention(model.core, CPU, precision="fp32")
+    model.core.use_splice("strict")
+    model.core.language_model._is_stateful = True
+    with pytest.raises(ConfigError, match="LlamaForCausalLM carries a state"):
+        use_packed_attention(model.core, CPU, precision="fp32")
 
 
 def test_a_cpu_keeps_the_attention_of_the_model(tiny_valley: Path) -> None:
