@@ -79,7 +79,7 @@ class Death:
     step: int
     """Last step that was logged before."""
     recovery_s: float
-    """Seconds to the first step that no attempt had made before."""
+    """Seconds to the first step that was made after it."""
 
 
 class Killer(threading.Thread):
@@ -107,11 +107,18 @@ class Killer(threading.Thread):
             if not self._until(step):
                 return
             victims = [child for child in psutil.Process().children(recursive=True) if self._is_victim(child)]
-            last = self._last()
+            last, num_attempts = self._last(), len(attempts(self._metrics.parent))
             os.kill(self._random.choice(victims).pid, signal.SIGKILL)
             began_s = time.monotonic()
-            self._until(last + 1)
-            self.deaths.append(Death(last, time.monotonic() - began_s))
+            if self._until_attempt(num_attempts) and self._until(attempts(self._metrics.parent)[-1]["after_step"] + 1):
+                self.deaths.append(Death(last, time.monotonic() - began_s))
+
+    def _until_attempt(self, num_before: int) -> bool:
+        """Metrics of steps that are made again are gone when an attempt is told of."""
+        while len(attempts(self._metrics.parent)) == num_before:
+            if self._ended.wait(0.005):
+                return False
+        return True
 
     def _until(self, step: int) -> bool:
         while self._last() < step:

@@ -125,8 +125,8 @@ class _Worker:
                 restored.load(stage.engine)
         if self._rank == 0:
             self._task.folder.pull(METRICS_FILE)
-            record_attempt(self._task.folder, after_step=self._step, workers=self._world)
             self._log = MetricsLog(self._task.folder.local, last_step=self._step, trackers=self._open_trackers())
+            record_attempt(self._task.folder, after_step=self._step, workers=self._world)
         self._run_stage(stage, stage_step)
         for later in range(number + 1, len(self._config.stages)):
             self._plan_hash = None
