@@ -140,13 +140,7 @@ def _body(message: str, status: int, code: str, param: str | None) -> dict[str, 
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     if status == 413:
         code = RequestTooLargeError.code
-    # Half a surrogate pair, which a client can write in JSON, cannot be sent back.
-    message, param = _sendable(message), None if param is None else _sendable(param)
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
-
-
-def _sendable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _path(problem: dict[str, Any]) -> str:

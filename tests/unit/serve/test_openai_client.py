@@ -1,5 +1,7 @@
 """The openai-python client, unchanged, against the HTTP front in this process."""
 
+import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import openai
@@ -83,16 +85,21 @@ async def test_greedy_choices_are_answered_once_and_all_the_same() -> None:
 
 async def test_one_choice_that_fails_abandons_the_others() -> None:
     class Failing(Recorder):
-        async def answer(self, request: AnswerRequest):  # type: ignore[no-untyped-def]
-            self.script = (OverloadedError("full"),) if self.requests else (AnswerDelta("a", 1, 1),) * 50
-            async for delta in super().answer(request):
-                yield delta
+        async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
+            self.requests.append(request)
+            try:
+                if len(self.requests) == 2:
+                    raise OverloadedError("full")
+                await asyncio.Event().wait()
+                yield AnswerDelta("never", 1, 1, "stop")
+            finally:
+                self.num_closed += 1
 
     recorder = Failing()
     client = openai_client(app(recorder))
     with pytest.raises(openai.RateLimitError):
         await client.chat.completions.create(model="tiny", messages=HELLO, n=3, temperature=1)
-    assert recorder.num_closed == len(recorder.requests)
+    assert recorder.num_closed == len(recorder.requests) == 3
 
 
 async def test_log_probabilities_come_as_the_client_reads_them() -> None:

@@ -120,7 +120,9 @@ async def test_replies_streams_and_errors_are_as_the_schema_says(tmp_path: Path)
         lines = [line.removeprefix("data: ") for line in events.text.strip().split("\n\n")]
         assert lines.pop() == "[DONE]"
         for line in lines:
-            check(json.loads(line), reply_schema(whole, "post", CHAT, "200", "text/event-stream"), whole)
+            event = json.loads(line)
+            check(event, reply_schema(whole, "post", CHAT, "200", "text/event-stream"), whole)
+            assert ("usage" in event) == bool(fields)
     for recorder, body, status in (
         (Recorder(OverloadedError("full")), HELLO, "4XX"),
         (two_words(), {**HELLO, "n": 0}, "4XX"),
