@@ -64,8 +64,8 @@ def tiny(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     elif family == "mistral_sliding":
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=9))
     elif family == "gemma2":
-        sizes = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 9}
-        # Wide weights: scores that reach the cap.
+        sizes = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 9, "tie_word_embeddings": False}
+        # Wide weights: scores that reach the cap. Tied ones would repeat the last token whatever attention does.
         model = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=0.5, initializer_range=0.5))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES))

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from valley_ray.engine import sampling
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.engine.sampling import choose_tokens, uniform_number
 
@@ -52,3 +54,19 @@ def test_rows_are_chosen_apart() -> None:
 def test_a_temperature_that_float32_does_not_hold_is_greedy() -> None:
     for temperature in (1e-45, 1e-300, 5e-324):
         assert drawn(20, temperature=temperature) == [1] * 20
+
+
+def test_the_shortlist_draws_what_sorting_everything_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    flat, peaked = torch.randn(1000, generator=generator) * 0.1, torch.randn(1000, generator=generator) * 4
+    ties = (peaked * 2).round() / 2
+    options = [{}, {"top_k": 7}, {"top_k": 400}, {"top_p": 0.8}, {"top_p": 0.999}, {"top_k": 20, "top_p": 0.5}]
+    params = [SamplingParams(temperature=1.0, seed=seed, **one) for one in options for seed in range(40)]
+    positions = [0] * len(params)
+    for row in (flat, peaked, ties):
+        rows = row.expand(len(params), -1)
+        monkeypatch.setattr(sampling, "_SHORTLIST", 1000)
+        expected = choose_tokens(rows, params, positions)
+        monkeypatch.setattr(sampling, "_SHORTLIST", 64)
+        assert choose_tokens(rows, params, positions) == expected
+        assert [choose_tokens(row[None], [one], [0])[0] for one in params] == expected
