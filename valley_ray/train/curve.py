@@ -18,7 +18,7 @@ def plot_loss(points: Sequence[Point], path: Path) -> Path:
     """Write a PNG to `path`: per stage a colour, the logged losses pale and their moving average strong."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -34,13 +34,14 @@ def plot_loss(points: Sequence[Point], path: Path) -> Path:
         axes.plot(steps, smoothed(losses), color=colour, label=f"{stage} (smoothed)", linewidth=1.6)
     finite = [loss for _, _, loss in points if math.isfinite(loss) and loss > 0]
     if finite and max(finite) >= WIDE * min(finite):
-        axes.set_yscale("log", subs=(1, 2, 5))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (per label token)")
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3, which="major")
     if points:
         axes.legend(frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
