@@ -15,7 +15,7 @@ from valley_ray.train.sample_index import LEFT_OUT_FILE
 from valley_ray.train.stage_config import StageConfig
 from valley_ray.train.trainer import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TOLERANCE = 1e-5
 """Float32 sums in another order, over ten steps on losses of 4."""
