@@ -17,8 +17,8 @@ from valley_ray.train.trainer import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
-TOLERANCE = 1e-5
-"""Float32 sums in another order, over ten steps on losses of 4."""
+TOLERANCE = 2e-6
+"""Float32 sums in another order, over ten steps on losses of 4; measured 8e-7."""
 SOURCES = ("a.json", "b.json")
 STAGES = (
     # AdamW's first steps follow the sign of gradients near zero: a larger rate would show how rounding grows.
