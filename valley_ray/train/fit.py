@@ -44,10 +44,10 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
         trainer = _trainer(config, folder, windows_dir)
         reserved = _placement_groups()
         try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _reason(error) from error
-        except RayActorError as error:
+            summary: dict[str, Any] = trainer.fit().return_value
+        except (ray.train.TrainingFailedError, RayActorError) as error:
+            if trainer.stopped_by is None and not _is_lost_actor(error):
+                raise _reason(error) from error
             _free(_placement_groups() - reserved)
             if trainer.stopped_by is not None:
                 raise KeyboardInterrupt(how_to_go_on(folder, trainer.stopped_by)) from error
@@ -55,7 +55,6 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
             continue
         finally:
             trainer.restore_signals()
-        summary: dict[str, Any] = result.return_value
         if "error" in summary:
             raise summary["error"]
         return summary
@@ -63,6 +62,11 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
         f"the controller of the run died more than max_failures={config.max_failures} times; "
         f"{how_to_go_on(folder, 'the run')}"
     )
+
+
+def _is_lost_actor(error: Exception) -> bool:
+    """Whether the controller died, or gave up on a process that died before its training began."""
+    return isinstance(getattr(error, "controller_failure", error), RayActorError)
 
 
 def how_to_go_on(folder: RunFolder, ended_by: str) -> str:
