@@ -205,6 +205,12 @@ class TrainingError(ValleyError):
     code = "training_failed"
 
 
+class PreemptedError(TrainingError):
+    """A node is about to be taken away: this attempt of a training has ended behind a committed checkpoint."""
+
+    code = "training_preempted"
+
+
 class AnswerWorkerError(ValleyError):
     """The worker process died each time the question was answered."""
 

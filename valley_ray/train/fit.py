@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from valley_ray.errors import TrainingError, ValleyError
+from valley_ray.errors import PreemptedError, TrainingError, ValleyError
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.run_folder import SNAPSHOT_FILE, RunFolder, remove_uncommitted
 from valley_ray.train.validation import validation_config
@@ -40,18 +40,22 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
         TrainingError: workers or the controller died more often than `max_failures`.
     """
     remove_uncommitted(folder)
-    for failures in range(config.max_failures + 1):
+    failures = 0
+    while failures <= config.max_failures:
         trainer = _trainer(config, folder, windows_dir)
         reserved = _placement_groups()
         try:
             summary: dict[str, Any] = trainer.fit().return_value
         except (ray.train.TrainingFailedError, RayActorError) as error:
-            if trainer.stopped_by is None and not _is_lost_actor(error):
-                raise _reason(error) from error
+            reason = _reason(error)
+            if trainer.stopped_by is None and not (_is_lost_actor(error) or isinstance(reason, PreemptedError)):
+                raise reason from error
             _free(_placement_groups() - reserved)
             if trainer.stopped_by is not None:
                 raise KeyboardInterrupt(how_to_go_on(folder, trainer.stopped_by)) from error
-            logger.warning("the controller of %s died, %d times before; it is begun again", folder.name, failures)
+            # Nodes that are taken away with notice may be many in a long run.
+            failures += not isinstance(reason, PreemptedError)
+            logger.warning("%s is begun again from its last checkpoint: %s", folder.name, reason)
             continue
         finally:
             trainer.restore_signals()

@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 import transformers
 
-from valley_ray.errors import ConfigError, TrainingError
+from valley_ray.errors import ConfigError, PreemptedError, TrainingError
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.attention import use_packed_attention
@@ -31,7 +31,7 @@ from valley_ray.train.identity import run_identity
 from valley_ray.train.metrics import METRICS_FILE, Meter, MetricsLog, StepMetrics, peak_rss_bytes
 from valley_ray.train.order import check_weights
 from valley_ray.train.plan import StagePlan
-from valley_ray.train.requests import PreemptedError, Request, Requests
+from valley_ray.train.requests import Request, Requests
 from valley_ray.train.run_folder import RunFolder, record_attempt
 from valley_ray.train.sample_index import LEFT_OUT_FILE
 from valley_ray.train.stage_config import StageConfig

@@ -7,7 +7,6 @@ import ray.train
 import torch
 import torch.distributed
 
-from valley_ray.errors import TrainingError
 from valley_ray.train.run_folder import RunFolder
 
 EXPORT_FILE = "export"
@@ -30,10 +29,6 @@ class Request(enum.IntFlag):
     COMMITTED = 4
     """The last checkpoint counts."""
     _LOOK = 8
-
-
-class PreemptedError(TrainingError):
-    """Ends an attempt whose checkpoint is committed; Ray Train starts the next one on the nodes that stay."""
 
 
 class Requests:
