@@ -280,5 +280,6 @@ def test_whatever_comes_and_goes_every_answer_is_that_of_a_solo_run(kind: str, f
 @pytest.mark.parametrize("family", ["llama", "mistral_sliding", "qwen2", "gemma2", "gemma3"])
 def test_whatever_comes_and_goes_many_times(kind: str, family: str) -> None:
     model = tiny(family)
+    model.set_attn_implementation("eager")  # on sdpa, gemma2's `generate` leaves out the cap on attention scores
     for seed in range(40):
         assert_all_answers_are_those_of_a_solo_run(kind, model, 100 + seed)

@@ -67,6 +67,7 @@ def test_the_shortlist_draws_what_sorting_everything_draws(monkeypatch: pytest.M
         rows = row.expand(len(params), -1)
         monkeypatch.setattr(sampling, "_SHORTLIST", 1000)
         expected = choose_tokens(rows, params, positions)
-        monkeypatch.setattr(sampling, "_SHORTLIST", 64)
-        assert choose_tokens(rows, params, positions) == expected
+        for length in (5, 64):
+            monkeypatch.setattr(sampling, "_SHORTLIST", length)
+            assert choose_tokens(rows, params, positions) == expected, length
         assert [choose_tokens(row[None], [one], [0])[0] for one in params] == expected
