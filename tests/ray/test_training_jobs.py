@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from valley_ray.model import ValleyForConditionalGeneration
@@ -86,7 +87,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Nodes]:
     }
     environment.pop("RAY_ADDRESS", None)
     port, dashboard = free_port(), free_port()
-    head = [f"--port={port}", "--head", f"--dashboard-port={dashboard}", f"--temp-dir={temporary}"]
+    head = [f"--port={port}", "--head", f"--dashboard-port={dashboard}"]
     started: list[subprocess.Popen[bytes]] = []
     try:
         for name, words in (
@@ -95,16 +96,20 @@ def two_nodes(tmp_path: Path) -> Iterator[Nodes]:
         ):
             log = (tmp_path / f"{name}.log").open("wb")
             command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
-            command += [f"--dashboard-agent-listen-port={free_port()}", *words]
+            # Nodes that share one would unpack the working directory over each other, under the running job.
+            command += [f"--temp-dir={temporary / name}", f"--dashboard-agent-listen-port={free_port()}", *words]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             wait_for_text(tmp_path / f"{name}.log", "Ray runtime started", started[-1])
         yield Nodes(f"http://127.0.0.1:{dashboard}", environment)
     finally:
         for process in reversed(started):
+            begun = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=30)
-            process.kill()
+            _, alive = psutil.wait_procs([psutil.Process(process.pid), *begun] if begun else [], timeout=30)
+            for one in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
