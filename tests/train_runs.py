@@ -77,7 +77,7 @@ class Death:
     """A process that was killed."""
 
     step: int
-    """Last step that was logged before."""
+    """Last step that was logged before it died."""
     recovery_s: float
     """Seconds to the first step that was made after it."""
 
@@ -92,7 +92,10 @@ class Killer(threading.Thread):
         self._what = what
         self._random = random.Random(seed)
         self._ended = threading.Event()
+        self.kills: list[int] = []
+        """Last step that was logged before each kill."""
         self.deaths: list[Death] = []
+        """Kills after which a new step was made."""
 
     def __enter__(self) -> "Killer":
         self.start()
@@ -107,11 +110,12 @@ class Killer(threading.Thread):
             if not self._until(step):
                 return
             victims = [child for child in psutil.Process().children(recursive=True) if self._is_victim(child)]
-            last, num_attempts = self._last(), len(attempts(self._metrics.parent))
+            num_attempts = len(attempts(self._metrics.parent))
             os.kill(self._random.choice(victims).pid, signal.SIGKILL)
             began_s = time.monotonic()
+            self.kills.append(self._last())
             if self._until_attempt(num_attempts) and self._until(attempts(self._metrics.parent)[-1]["after_step"] + 1):
-                self.deaths.append(Death(last, time.monotonic() - began_s))
+                self.deaths.append(Death(self.kills[-1], time.monotonic() - began_s))
 
     def _until_attempt(self, num_before: int) -> bool:
         """Metrics of steps that are made again are gone when an attempt is told of."""

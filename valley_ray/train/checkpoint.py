@@ -8,6 +8,7 @@ It counts once Ray Train's controller has committed it: whatever dies later goes
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -122,8 +123,9 @@ class Checkpoints:
 
     def _metrics(self, progress: Progress, loss: float) -> dict[str, float]:
         evaluation = self._config.evaluation
-        # So that a checkpoint whose evaluation has not ended, or failed, is not the best.
-        best = {} if evaluation is None else {evaluation.best: float("-inf")}
+        # So that a checkpoint whose evaluation has not ended, or failed, is not the best. Finite: Ray Train writes an
+        # infinity to its list as null, and cannot sort the list that it reads then.
+        best = {} if evaluation is None else {evaluation.best: -sys.float_info.max}
         return {"step": progress.step, "loss": loss, **best}
 
     def _validation(self, step: int) -> ValidationTaskConfig | bool:
