@@ -24,6 +24,7 @@ from ray.train.v2.api.validation_config import ValidationTaskConfig
 from safetensors.torch import load_file, save_file
 
 from valley_ray.errors import ConfigError
+from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.train import universal
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.identity import Identity, differences
@@ -94,7 +95,7 @@ class Checkpoints:
             (folder / PROGRESS_FILE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
         self._num_saved += 1
         ray.train.report(
-            self._metrics(progress, loss),
+            reported_metrics(progress.step, loss, self._config.evaluation),
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             validation=self._validation(progress.step),
@@ -121,19 +122,20 @@ class Checkpoints:
         if self._rank == 0:
             keep_snapshot(self._run_folder)
 
-    def _metrics(self, progress: Progress, loss: float) -> dict[str, float]:
-        evaluation = self._config.evaluation
-        # So that a checkpoint whose evaluation has not ended, or failed, is not the best. Finite: Ray Train writes an
-        # infinity to its list as null, and cannot sort the list that it reads then.
-        best = {} if evaluation is None else {evaluation.best: -sys.float_info.max}
-        return {"step": progress.step, "loss": loss, **best}
-
     def _validation(self, step: int) -> ValidationTaskConfig | bool:
         """The evaluation of every so manieth checkpoint of this attempt."""
         evaluation = self._config.evaluation
         if evaluation is None or self._num_saved % evaluation.every_checkpoints:
             return False
         return ValidationTaskConfig(fn_kwargs={"step": step}, timeout_s=evaluation.timeout_s)
+
+
+def reported_metrics(step: int, loss: float, evaluation: EvaluationConfig | None) -> dict[str, float]:
+    """What a checkpoint is reported with, and judged by until its evaluation has ended."""
+    # So that one whose evaluation has not ended, or failed, is not the best. Finite: Ray Train writes an infinity to
+    # its list as null, and cannot sort the list that it reads then.
+    best = {} if evaluation is None else {evaluation.best: -sys.float_info.max}
+    return {"step": step, "loss": loss, **best}
 
 
 @contextmanager

@@ -161,13 +161,14 @@ def _trainer(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> _Trai
             storage_path=folder.storage,
             storage_filesystem=folder.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=_checkpoint_config(config),
+            checkpoint_config=checkpoint_config(config),
         ),
         validation_config=validation_config(config, folder),
     )
 
 
-def _checkpoint_config(config: TrainConfig) -> ray.train.CheckpointConfig:
+def checkpoint_config(config: TrainConfig) -> ray.train.CheckpointConfig:
+    """Which checkpoints of a run Ray Train keeps."""
     if config.keep == "last":
         return ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints)
     by_loss = config.evaluation is None
