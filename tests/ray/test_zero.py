@@ -53,6 +53,7 @@ FULL = (
     *(Run(Case(f"zero-{stage}-tower", stage, TOWER, stage=TOWER_STAGE)) for stage in range(4)),
     *(Run(Case(f"zero-{stage}-checkpointing", stage, TOWER, settings=CHECKPOINTING)) for stage in (2, 3)),
     Run(Case("zero-3-checkpointing-lora", 3, ("lora",), LORA, settings=CHECKPOINTING)),
+    Run(Case("zero-3-patterns-lora", 3, ("projector", "lora"), LORA, settings=CHECKPOINTING), num_patterns=20),
     *(Run(Case(f"zero-{stage}-unclipped", stage, stage={"max_grad_norm": None})) for stage in (0, 3)),
     *(Run(Case(f"zero-{stage}-bf16", stage, settings=BF16), resumes_at=5) for stage in range(4)),
     *(Run(Case(f"zero-{stage}-bf16-offload", stage, settings=BF16 | OFFLOAD)) for stage in (2, 3)),

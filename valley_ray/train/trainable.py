@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.vision import check_pixels, extract_features
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.stage_config import StageConfig
+
+INPUT_PARTS = frozenset({"tower", "projector", "embeddings", "new_embeddings", "language_model"})
+"""Parts by which the first decoder block's input has a gradient on every batch."""
 
 
 class TowerAndCore(nn.Module):
@@ -63,4 +67,18 @@ def trainable_module(model: ValleyForConditionalGeneration, stage: StageConfig, 
         options = {"use_reentrant": False}
         for part in (model.core.language_model, *((model.vision_tower,) if trains_tower else ())):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if config.zero_stage == 3 and stage.parts & INPUT_PARTS:
+        _gather_whole_blocks(model.core.language_model)
     return TowerAndCore(model) if trains_tower else model.core
+
+
+def _gather_whole_blocks(language_model: nn.Module) -> None:
+    """Let ZeRO-3 gather decoder blocks as one, not each weight in them.
+
+    It wraps the inputs of everything it gathers, so that gradients of activations are summed in another order than by
+    plain torch: in bf16, of an adapter, that is another training. A block whose input has no gradient cannot be
+    gathered so: DeepSpeed would take its gradients before they are there.
+    """
+    from deepspeed.utils import set_z3_leaf_modules  # seconds of import that only a training process should pay
+
+    set_z3_leaf_modules(language_model, [GradientCheckpointingLayer])
