@@ -192,8 +192,9 @@ def run_engines(run: Run, folder: Path, *, rank: int, world: int, shared: Path, 
 def run_plain(run: Run, folder: Path) -> Outcome:
     """The same steps by torch alone: one process, AdamW on float32 weights, whole batches.
 
-    Where less than float32 is computed in, the size of a product decides how it is rounded: there the micro-batches
-    are those of the engines, summed in float32.
+    The size of a product decides how it is rounded. Where that is more than what is asked for, of less than float32
+    and of single gradients (whole batches differ from their own parts by 1.1e-6), the micro-batches are those of the
+    engines, summed in float32.
     """
     config, stage = run.case.configs(folder)
     model, groups = open_stage(run.case, folder)
@@ -213,7 +214,7 @@ def run_plain(run: Run, folder: Path) -> Outcome:
     maker = BatchMaker(folder)
     for index, slots in enumerate(run.slots(folder)):
         whole = [[sample for slot in slots for sample in slot]]
-        step = maker.step(whole if config.precision == "fp32" else slots)
+        step = maker.step(whole if config.precision == "fp32" and not run.num_patterns else slots)
         losses.append(sum(_backward(model, module, step, masters, dict(pairs))))
         if run.num_patterns:
             gradients.append({name: master.grad.clone() for name, master in masters.items()})
