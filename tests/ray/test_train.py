@@ -38,11 +38,9 @@ from valley_ray.train.trainer import TrainResult, train
 
 pytestmark = pytest.mark.ray
 
-TOLERANCE = 1e-5
-"""Float32 sums in another order: measured 5e-7 on losses of 4 after ten steps per stage."""
-
 EXACT = 2e-6
-"""What a death or another number of workers may change: the order of sums."""
+"""What a death, another number of workers or plain torch may change: the order of float32 sums. Measured: 5e-7 on
+losses of 4 after ten steps per stage."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +85,7 @@ def test_zero_2_with_two_workers_equals_one_worker(
 ) -> None:
     one = train(make_config(tiny_valley, store, runs, "one", num_workers=1))
     ours, theirs = read_metrics(two_workers.metrics_path), read_metrics(one.metrics_path)
-    assert losses(ours) == pytest.approx(losses(theirs), abs=TOLERANCE, rel=0)
+    assert losses(ours) == pytest.approx(losses(theirs), abs=EXACT, rel=0)
     assert [line.grad_norm for line in ours] == pytest.approx([line.grad_norm for line in theirs], rel=1e-4)
     assert largest_difference(two_workers.model_folder, one.model_folder) < 1e-4
 
@@ -95,7 +93,7 @@ def test_zero_2_with_two_workers_equals_one_worker(
 def test_zero_2_with_two_workers_equals_plain_torch(two_workers: TrainResult, tiny_valley: Path, store: Path) -> None:
     model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
     plain = [*plain_stage(model, tiny_valley, store, 0), *plain_stage(model, tiny_valley, store, 1)]
-    assert losses(read_metrics(two_workers.metrics_path)) == pytest.approx(plain, abs=TOLERANCE, rel=0)
+    assert losses(read_metrics(two_workers.metrics_path)) == pytest.approx(plain, abs=EXACT, rel=0)
 
 
 def plain_stage(model: ValleyForConditionalGeneration, folder: Path, store: Path, number: int) -> list[float]:
@@ -131,18 +129,18 @@ def killed(tiny_valley: Path, store: Path, runs: Path) -> TrainResult:
     config = make_config(tiny_valley, store, runs, "killed", checkpoint_every=4, keep_checkpoints=2)
     with Killer(runs / "killed" / "metrics.jsonl", (13,)) as killer:
         result = train(config)
-    assert len(killer.deaths) == 1, "no worker was killed: the test showed nothing"
+    (death,) = killer.deaths
+    first, second = attempts(runs / "killed")
+    assert first["after_step"] == 0
+    assert death.step - 4 <= second["after_step"] <= death.step, "at most one interval is done again"
     return result
 
 
-def test_a_killed_worker_resumes_to_the_same_curve(two_workers: TrainResult, killed: TrainResult, runs: Path) -> None:
+def test_a_killed_worker_resumes_to_the_same_curve(two_workers: TrainResult, killed: TrainResult) -> None:
     lines = read_metrics(killed.metrics_path)
     assert [line.step for line in lines] == list(range(1, 21)), "no step is lost or told twice"
     assert losses(lines) == pytest.approx(losses(read_metrics(two_workers.metrics_path)), abs=EXACT, rel=0)
     assert largest_difference(two_workers.model_folder, killed.model_folder) < 1e-4
-    first, second = attempts(runs / "killed")
-    assert first["after_step"] == 0
-    assert 10 <= second["after_step"] <= 13, "at most one interval is done again"
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
@@ -153,7 +151,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
     lines = read_metrics(train(config).metrics_path)
     assert losses(lines) == pytest.approx(losses(read_metrics(two_workers.metrics_path)), abs=EXACT, rel=0)
     last = attempts(runs / "killed")[-1]
-    assert (last["workers"], last["after_step"] in range(14, 20)) == (1, True)
+    assert (last["workers"], last["after_step"] in range(10, 20)) == (1, True)
 
 
 def test_a_config_that_cannot_work_is_refused_before_any_worker_starts(
@@ -185,7 +183,7 @@ def test_training_beside_the_pipeline_sees_what_its_shards_hold(tiny_valley: Pat
     assert (result.data.ok, result.data.failed, result.data.num_windows) == (17, 1, 3)
     model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
     plain = plain_stage(model, tiny_valley, tmp_path / "windows", 0)
-    assert losses(read_metrics(result.metrics_path)) == pytest.approx(plain, abs=TOLERANCE, rel=0)
+    assert losses(read_metrics(result.metrics_path)) == pytest.approx(plain, abs=EXACT, rel=0)
 
 
 def test_records_that_cannot_be_read_are_said_before_any_worker_starts(
@@ -256,7 +254,7 @@ def test_pooling_with_weights_trains_alike_on_two_workers_with_zero_3_and_on_one
     for workers, zero_stage in ((1, 0), (2, 3)):
         config = make_config(tmp_path, store, runs, f"delta-{workers}", stages=stages, num_workers=workers)
         curves.append(losses(read_metrics(train(config.model_copy(update={"zero_stage": zero_stage})).metrics_path)))
-    assert curves[0] == pytest.approx(curves[1], abs=TOLERANCE)
+    assert curves[0] == pytest.approx(curves[1], abs=EXACT, rel=0)
 
 
 def with_pooling(folder: Path, pooling: str) -> ValleyForConditionalGeneration:
@@ -276,14 +274,17 @@ def test_checkpoints_are_evaluated_beside_the_training_and_the_best_are_kept(
     evaluation = settings(make_records(tmp_path / "asked"), best="rouge_1", metrics=("rouge",), actor_cpus=0.5)
     config = make_config(
         tiny_valley, store, runs, "evaluated", checkpoint_every=8, evaluation=evaluation, keep="best", lora={"r": 4},
+        keep_checkpoints=1,
         stages=(STAGES[0], STAGES[1].model_copy(update={"trainable": ("projector", "lora")})),
     )  # fmt: skip
     result = train(config)
-    lines = read_evaluations(runs / "evaluated" / EVALUATION_FILE)
-    assert len(lines) >= 2
-    assert all(0 <= line["rouge_1"] <= 1 and line["answered"] > 0.5 for line in lines)
+    measured = {line["step"]: line["rouge_1"] for line in read_evaluations(runs / "evaluated" / EVALUATION_FILE)}
+    assert len(measured) >= 3
+    assert len(set(measured.values())) > 1, f"nothing to choose from: {measured}"
     snapshot = json.loads((runs / "evaluated" / SNAPSHOT_FILE).read_text())
-    kept = {one["metrics"]["step"]: one["metrics"]["rouge_1"] for one in snapshot["checkpoint_results"]}
-    measured = {line["step"]: line["rouge_1"] for line in lines}
-    assert max(measured.values()) == pytest.approx(max(kept.values()))
+    kept = {one["checkpoint_dir_name"]: one["metrics"]["step"] for one in snapshot["checkpoint_results"]}
+    best, newest = max(measured, key=lambda step: (measured[step], step)), max(measured)
+    assert set(kept.values()) == {best, newest}, measured
+    assert {path.name for path in (runs / "evaluated").glob("checkpoint_2*")} == set(kept)
+    print(f"rouge_1 by step {measured}: kept {sorted(kept.values())}")
     assert read_metrics(result.metrics_path)[-1].step == 20
