@@ -23,10 +23,11 @@ def make_store(
     failed: tuple[int, ...] = (),
     seed: int = 0,
     sources: tuple[str, ...] = ("records.json",),
+    num_committed: int | None = None,
 ) -> Path:
     """Write `num_samples` rows in windows (`failed` ones without tokens, every fifth text-only); return the folder.
 
-    Samples come from `sources` in turn.
+    Samples come from `sources` in turn. `num_committed`: only so many windows of them, `write_window` adds others.
     """
     directory.mkdir(parents=True)
     processor = ValleyProcessor.from_pretrained(model)
@@ -35,7 +36,7 @@ def make_store(
     of_source = {name: len(range(place, num_samples, len(sources))) for place, name in enumerate(sources)}
     info = shards.StoreInfo("f", parts, num_samples, window_size, num_windows, sources=of_source)
     commit.write_json(directory / shards.STORE_FILE, dataclasses.asdict(info))
-    for index in range(num_windows):
+    for index in range(num_windows if num_committed is None else num_committed):
         positions = range(index * window_size, min(num_samples, (index + 1) * window_size))
         is_last = index == num_windows - 1
         write_window(directory, processor, index, positions, failed, is_last=is_last, seed=seed, sources=sources)
