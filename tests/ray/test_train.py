@@ -143,6 +143,7 @@ def test_a_killed_worker_resumes_to_the_same_curve(two_workers: TrainResult, kil
     assert largest_difference(two_workers.model_folder, killed.model_folder) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(
     two_workers: TrainResult, killed: TrainResult, tiny_valley: Path, store: Path, runs: Path
 ) -> None:

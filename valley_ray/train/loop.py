@@ -215,16 +215,9 @@ class _Worker:
         groups = prepare_stage(model.core, stage, tower=model.vision_tower)
         flops = count_flops(model)
         engine = build_engine(trainable_module(model, stage, config), groups, config, stage, world=self._world)
+        ranks = {"device": self._device, "rank": self._rank, "world": self._world}
         stepper = Stepper(
-            model,
-            engine,
-            self._cache,
-            device=self._device,
-            rank=self._rank,
-            world=self._world,
-            seed=config.seed,
-            precision=config.precision,
-            flops=flops,
+            model, engine, self._cache, **ranks, seed=config.seed, precision=config.precision, flops=flops
         )
         return _Stage(number, stage, plan, plan.num_steps(self._num_rows), model, engine, stepper, began_s)
 
