@@ -214,6 +214,7 @@ def test_a_row_that_contradicts_another_does_not_speak_for_their_url(tmp_path: P
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_killed_driver_is_continued_without_asking_again(
     tmp_path: Path, site: Site, contents: dict[str, bytes]
 ) -> None:

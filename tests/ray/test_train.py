@@ -80,6 +80,7 @@ def test_a_run_leaves_a_model_folder_that_opens_with_metrics_and_curve(
     assert processor.fingerprint == ValleyProcessor.from_pretrained(tiny_valley).fingerprint
 
 
+@pytest.mark.slow
 def test_zero_2_with_two_workers_equals_one_worker(
     two_workers: TrainResult, tiny_valley: Path, store: Path, runs: Path
 ) -> None:
@@ -223,6 +224,7 @@ def make_record(folder: Path, number: int) -> dict[str, object]:
     return {"id": f"record-{number}", "video": f"{number}.mp4", "conversations": turns}
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_after_a_plain_stage_and_merged_into_the_model(
     tiny_valley: Path, store: Path, runs: Path
 ) -> None:

@@ -30,6 +30,7 @@ def test_other_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         next(measure(SMALL))
 
 
+@pytest.mark.slow
 def test_the_job_ends_with_one_json_line() -> None:
     options = ["num_rounds=1", "batch_size=1", "num_frames=1", "num_text_tokens=4", "hidden_size=128"]
     command = [sys.executable, "jobs/benchmark_model.py", *options]
