@@ -85,9 +85,16 @@ def check_evaluation(settings: EvaluationConfig) -> None:
     """
     if settings.model is None or settings.output is None:
         raise ConfigError("an evaluation alone needs model and output; set model=FOLDER output=FOLDER")
-    if not (settings.model / "config.json").is_file():
-        raise CheckpointError(f"model={str(settings.model)!r} is no model folder (no config.json in it)")
+    check_model(settings.model)
     check_split(settings)
+
+
+def check_model(folder: Path) -> None:
+    """Raise CheckpointError where `folder` holds no model."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"model={str(folder)!r} is no model folder (no config.json in it); make or copy one there"
+        )
 
 
 def check_split(settings: EvaluationConfig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from valley_ray.evaluate.config import EvaluationConfig
+from valley_ray.evaluate.evaluation import check_model
 from valley_ray.nano.backbones import NanoConfig, make_backbones
 from valley_ray.nano.make import WorldConfig, make_clips
 
@@ -15,8 +16,11 @@ MODEL, STAND_INS = "models/nano", ("models/nano-finetuned", "runs/nano/backbones
 def make_generated(settings: EvaluationConfig, root: Path, *, say: Callable[[str], None]) -> EvaluationConfig:
     """Make the clips below `root` where they are missing, and name a model that is there where the default is not.
 
-    `say` gets a line for what takes time or differs from what was asked for.
+    `say` gets a line for what takes time or differs from what was asked for. Raises CheckpointError for another model
+    folder that is none, before anything is made.
     """
+    if settings.model is not None and settings.model != root / MODEL:
+        check_model(settings.model)
     make_clips(root / "runs/evaluate/clips", WORLD, say=say)
     if settings.model != root / MODEL or (root / MODEL / "config.json").is_file():
         return settings
