@@ -12,37 +12,18 @@ ray_wall_vs_pool      wall time of multiprocessing's Pool(2) over that of prepar
 second_epoch_decodes  clips that another plan over decoded videos decodes again
 """
 
-import json
-import os
 import sys
+from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
-
-from valley_ray.config import load_config
-from valley_ray.errors import ValleyError
-from valley_ray.evaluate.decode_cost import decode_numbers
-from valley_ray.evaluate.prepare_cost import PrepareCost, prepare_numbers
+from valley_ray.benchmarks.job import Benchmark, run_job
 
 
-def main() -> int:
-    """Exit status 0, or 2 with one line on stderr for a user's mistake."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.strip())
-        return 0
-    try:
-        config = load_config(PrepareCost, overrides=sys.argv[1:])
-        decoding = decode_numbers(config, say=_say)
-        numbers = decoding | prepare_numbers(config, say=_say)
-    except ValleyError as error:
-        print(f"benchmark_data: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(numbers))
-    return 0
+def benchmark() -> Benchmark[Any]:
+    """Imported when it is run."""
+    from valley_ray.benchmarks.prepare_cost import PrepareCost, data_numbers
 
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    return PrepareCost, data_numbers
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job("benchmark_data", __doc__, benchmark))

@@ -15,40 +15,18 @@ further options stage=valley-stage2 pack_tokens=4096 num_rows=4 num_steps=8 grad
 peak_flops=null.
 """
 
-import json
-import os
 import sys
+from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
-
-from valley_ray.config import load_config
-from valley_ray.errors import ValleyError
-from valley_ray.train.cost.config import TrainCost
+from valley_ray.benchmarks.job import Benchmark, run_job
 
 
-def main() -> int:
-    """Exit status 0, or 2 with one line on stderr for a user's mistake."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.strip())
-        return 0
-    import torch
+def benchmark() -> Benchmark[Any]:
+    """Imported when it is run."""
+    from valley_ray.benchmarks.train import TrainCost, train_numbers
 
-    from valley_ray.train.cost import train_numbers
-
-    try:
-        config = load_config(TrainCost, overrides=sys.argv[1:])
-        torch.set_num_threads(1)
-        numbers = train_numbers(config, say=_say)
-    except ValleyError as error:
-        print(f"benchmark_train: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(numbers))
-    return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    return TrainCost, train_numbers
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job("benchmark_train", __doc__, benchmark))

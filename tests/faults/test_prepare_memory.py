@@ -14,9 +14,9 @@ import pytest
 from clips import write_clip
 from fault_set import environment, num_shards
 
-from valley_ray.evaluate.decode_cost import child_peak_mb
-from valley_ray.evaluate.long_clips import write_long_clip
-from valley_ray.evaluate.process_cost import process_tree
+from valley_ray.benchmarks.decode_cost import child_peak_mb
+from valley_ray.benchmarks.long_clips import write_long_clip
+from valley_ray.benchmarks.process_cost import process_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.slow]
 

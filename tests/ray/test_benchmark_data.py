@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from clips import write_clip
 
-from valley_ray.evaluate.prepare_cost import PrepareCost, many_videos, prepare_numbers
+from valley_ray.benchmarks.prepare_cost import PrepareCost, many_videos, prepare_numbers
 
 pytestmark = pytest.mark.ray
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from train_store import make_store
 
+from valley_ray.benchmarks.train import packing, train_numbers, trainee
+from valley_ray.benchmarks.train.config import TrainCost
 from valley_ray.errors import ConfigError
 from valley_ray.processor import ValleyProcessor
-from valley_ray.train.cost import packing, train_numbers, trainee
-from valley_ray.train.cost.config import TrainCost
 from valley_ray.train.feed import FeatureCache, Feeder, FeedSettings, SampleIndex
 from valley_ray.train.plan import StagePlan
 

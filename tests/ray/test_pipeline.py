@@ -8,11 +8,11 @@ import pytest
 from data_clips import turns, write_clip, write_records
 from PIL import Image
 
+from valley_ray.benchmarks.prepare_cost import second_epoch_decodes
 from valley_ray.data.commit import exclusive
 from valley_ray.data.pipeline import PipelineConfig, run_pipeline
 from valley_ray.data.shards import FAILED_FILE, Window, WindowManifest, WindowStore
 from valley_ray.errors import DataError
-from valley_ray.evaluate.prepare_cost import second_epoch_decodes
 from valley_ray.media.sampling import FrameSampling
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("data_cluster")]

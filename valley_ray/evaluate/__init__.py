@@ -1,4 +1,4 @@
-"""Answers over data sets, and how good they are; what the parts of the platform cost.
+"""Answers over data sets, and how good they are.
 
 Answers, for an evaluation and for whoever wants no more than answers:
     config.py        what a user writes
@@ -13,5 +13,4 @@ Numbers:
     evaluation.py    alone (jobs/evaluate.py), and of a training's checkpoint
     generated.py     what the job works on where it is told nothing
     accuracy.py      the quickstart's accuracies
-Costs: *_cost.py, long_clips.py (jobs/benchmark_*.py).
 """

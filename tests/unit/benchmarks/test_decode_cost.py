@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from valley_ray.evaluate.decode_cost import DecodeCost, FileCost, cpu_ratio, long_videos, measure, real_videos
+from valley_ray.benchmarks.decode_cost import DecodeCost, FileCost, cpu_ratio, long_videos, measure, real_videos
 
 
 @pytest.fixture(scope="module")

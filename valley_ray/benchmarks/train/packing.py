@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from valley_ray.benchmarks.train.config import TrainCost
 from valley_ray.data.shards import Sample
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
-from valley_ray.train.cost.config import TrainCost
 from valley_ray.train.packing import IGNORED, MicroBatch, collate, collate_packed
 from valley_ray.train.plan import pack
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from valley_ray.evaluate import forward_cost
-from valley_ray.evaluate.forward_cost import POOLINGS, ForwardCost, measure
+from valley_ray.benchmarks import forward_cost
+from valley_ray.benchmarks.forward_cost import POOLINGS, ForwardCost, measure
 
 ROOT = Path(__file__).parents[3]
 SMALL = ForwardCost(num_rounds=1, batch_size=2, num_frames=3, num_text_tokens=8, hidden_size=128)

@@ -22,14 +22,14 @@ from statistics import median
 import ray
 from pydantic import Field
 
+from valley_ray.benchmarks.decode_cost import DecodeCost, decode_numbers, real_videos
+from valley_ray.benchmarks.long_clips import write_long_clip
+from valley_ray.benchmarks.process_cost import TreeWatch
 from valley_ray.data.config import PipelineConfig, PrepareConfig
 from valley_ray.data.pipeline import run_pipeline
 from valley_ray.data.prepare import prepare
 from valley_ray.data.shards import Sample, WindowStore
 from valley_ray.data.sources.config import SourceConfig
-from valley_ray.evaluate.decode_cost import DecodeCost, real_videos
-from valley_ray.evaluate.long_clips import write_long_clip
-from valley_ray.evaluate.process_cost import TreeWatch
 from valley_ray.media import decode
 from valley_ray.media.preprocess import Crop
 from valley_ray.media.sampling import FrameSampling
@@ -71,6 +71,11 @@ class Round:
     def our_cpu_s(self) -> float:
         """What preparing took, Ray's own servers aside."""
         return self.driver_cpu_s + self.worker_cpu_s + self.decoder_cpu_s
+
+
+def data_numbers(config: PrepareCost, say: Callable[[str], None]) -> dict[str, object]:
+    """What jobs/benchmark_data.py reports: the decoder alone, then the platform."""
+    return decode_numbers(config, say=say) | prepare_numbers(config, say=say)
 
 
 def prepare_numbers(config: PrepareCost, *, say: Callable[[str], None]) -> dict[str, object]:

@@ -14,7 +14,7 @@ from threading import Event
 import torch
 import torch.distributed
 
-from valley_ray.evaluate.decode_cost import reference_chain
+from valley_ray.benchmarks.decode_cost import reference_chain
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.train.config import TrainConfig

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import Field
 
+from valley_ray.benchmarks.long_clips import write_long_clip
 from valley_ray.config import Config
-from valley_ray.evaluate.long_clips import write_long_clip
 from valley_ray.media import decode
 from valley_ray.media.preprocess import Crop, normalize
 from valley_ray.media.sampling import FrameSampling

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from valley_ray.benchmarks.engine_cost import EngineCost, engine_numbers, open_slots
 from valley_ray.engine.engine import TokenEvent
 from valley_ray.engine.slots import SlotEngine
-from valley_ray.evaluate.engine_cost import EngineCost, engine_numbers, open_slots
 
 SMALL = EngineCost(
     num_rounds=2,

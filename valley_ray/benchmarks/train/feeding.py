@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import ray
 
+from valley_ray.benchmarks.decode_cost import our_chain, reference_chain
+from valley_ray.benchmarks.long_clips import write_long_clip
+from valley_ray.benchmarks.process_cost import TreeWatch
+from valley_ray.benchmarks.train.config import TrainCost
+from valley_ray.benchmarks.train.models import make_small_model, random_text
+from valley_ray.benchmarks.train.trainee import RunCost, Trainee
 from valley_ray.data.config import PipelineConfig
 from valley_ray.data.pipeline import run_pipeline
-from valley_ray.evaluate.decode_cost import our_chain, reference_chain
-from valley_ray.evaluate.long_clips import write_long_clip
-from valley_ray.evaluate.process_cost import TreeWatch
 from valley_ray.session import quiet_ray_data
 from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, TrainConfig
-from valley_ray.train.cost.config import TrainCost
-from valley_ray.train.cost.models import make_small_model, random_text
-from valley_ray.train.cost.trainee import RunCost, Trainee
 from valley_ray.train.order import epoch_order
 from valley_ray.train.stage_config import StageConfig
 

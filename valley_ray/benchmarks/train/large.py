@@ -12,6 +12,9 @@ from statistics import median
 import numpy as np
 import torch
 
+from valley_ray.benchmarks.train.config import TrainCost
+from valley_ray.benchmarks.train.models import make_shape
+from valley_ray.benchmarks.train.trainee import start_alone
 from valley_ray.config import validate_config
 from valley_ray.data.shards import Sample
 from valley_ray.errors import ConfigError
@@ -19,9 +22,6 @@ from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.config import ID_FIELD_OF_TOKEN
 from valley_ray.train.attention import use_packed_attention
 from valley_ray.train.config import DataConfig, TrainConfig
-from valley_ray.train.cost.config import TrainCost
-from valley_ray.train.cost.models import make_shape
-from valley_ray.train.cost.trainee import start_alone
 from valley_ray.train.feed import FeatureCache, StepBatches
 from valley_ray.train.flops import count_flops, known_peak_flops
 from valley_ray.train.packing import IGNORED, Clip, collate_packed

@@ -7,7 +7,7 @@ B rows, T frames, P patches, Dv tower width, D language width, L tokens.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -50,6 +50,22 @@ class CaseCost:
     by_hand_cpu_ms: float
     forward_vs_by_hand: float
     """Ratio of the two."""
+
+
+def forward_numbers(config: ForwardCost, say: Callable[[str], None]) -> dict[str, object]:
+    """What jobs/benchmark_model.py reports, on one thread of torch."""
+    torch.set_num_threads(1)
+    say(f"{'':<12}{'ours, ms':>10}{'by hand':>10}{'ratio':>8}")
+    costs = {}
+    for name, cost in measure(config):
+        costs[name] = cost
+        say(f"{name:<12}{cost.ours_cpu_ms:>10.1f}{cost.by_hand_cpu_ms:>10.1f}{cost.forward_vs_by_hand:>8.3f}")
+    return {
+        "forward_vs_by_hand": costs["mean"].forward_vs_by_hand,
+        "cases": {name: asdict(cost) for name, cost in costs.items()},
+        "config": config.model_dump(),
+        "torch": torch.__version__,
+    }
 
 
 def measure(config: ForwardCost) -> Iterator[tuple[str, CaseCost]]:

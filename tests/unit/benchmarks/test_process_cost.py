@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from valley_ray.evaluate.process_cost import TreeWatch, process_tree
+from valley_ray.benchmarks.process_cost import TreeWatch, process_tree
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass\n"
 
