@@ -23,12 +23,13 @@ from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.files import FileStore
 from valley_ray.serve.files_api import files_router
-from valley_ray.serve.gate import REQUEST_ID, Gate, visit_of
+from valley_ray.serve.gate import REQUEST_ID, Gate
 from valley_ray.serve.http_errors import BodyLimit, ErrorReply, add_error_handlers
 from valley_ray.serve.keys import Keys
 from valley_ray.serve.media_source import MediaSource
 from valley_ray.serve.openapi import describe
 from valley_ray.serve.protocol import AnswerRequest
+from valley_ray.serve.visit import visit_of
 
 _ROOM_FOR_TEXT_BYTES = 4 * 2**20
 """What a request's body may hold beside media."""
@@ -157,6 +158,7 @@ def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, media: MediaS
         """Ask about videos and images, or go on with a conversation."""
         _check_model(config.served_name, body.model)
         visit = visit_of(request)
+        visit.model = body.model
         question = await read_question(config, media, body, visit)
         deltas = answers(backend.answer, question)
         try:

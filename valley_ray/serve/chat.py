@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -18,11 +19,11 @@ from valley_ray.engine.engine import SamplingParams
 from valley_ray.serve.chat_reply import ReplyWriter, chunk_json
 from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.config import ServeConfig
-from valley_ray.serve.gate import Visit
 from valley_ray.serve.http_errors import error_body
 from valley_ray.serve.media_source import MediaSource, as_openai
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
 from valley_ray.serve.refusals import OverLimitError
+from valley_ray.serve.visit import Visit
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,10 @@ async def read_question(config: ServeConfig, media: MediaSource, body: ChatCompl
         raise OverLimitError(f"n={num_choices} is over this server's {config.max_choices}; ask for fewer", param="n")
     parts = media.parts_of(body)
     wishes = tuple(media.wish(part, body) for part in parts)
+    before_fetch = visit.now()
     refs = await media.refs(parts, visit.caller.owner)
+    if parts:
+        visit.fetch_seconds = visit.now() - before_fetch
     conversation, _ = from_openai(as_openai(body, refs))
     completion_id = f"chatcmpl-{uuid4().hex}"
     visit.notes["completion"] = completion_id
@@ -61,7 +65,9 @@ async def read_question(config: ServeConfig, media: MediaSource, body: ChatCompl
         fit_max_tokens=body.token_limit is None,
         stream=bool(body.stream),
         stop=body.stop_texts,
+        sent_at=time.time(),
     )
+    visit.asked_seconds = visit.now()
     writer = ReplyWriter(completion_id, body.model, num_choices=num_choices, logprobs=bool(body.logprobs))
     return Question(tuple(_choices(request, num_choices)), num_choices, writer)
 
@@ -132,7 +138,9 @@ async def event_stream(
                     yield _event(chunk_json(writer.end(index, delta), with_usage=include_usage))
         except Exception as error:  # whatever it is: a stream that just ends would look like a whole answer
             logger.exception("a stream broke off")
-            yield _event(error_body(error)[1])
+            body = error_body(error)[1]
+            visit.refusal = body["error"]["code"]
+            yield _event(body)
             return
         finally:
             _count(question, visit)
@@ -151,6 +159,7 @@ async def _all_of(first: Indexed, rest: AsyncGenerator[Indexed, None]) -> AsyncG
 def _count(question: Question, visit: Visit) -> None:
     usage = question.writer.usage()
     visit.num_prompt_tokens, visit.num_tokens = usage.prompt_tokens, usage.completion_tokens
+    visit.timings = question.writer.timings()
 
 
 def _event(payload: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from valley_ray.engine.engine import FinishReason
-from valley_ray.serve.protocol import AnswerDelta, TokenChance, TokenLogprob
+from valley_ray.serve.protocol import AnswerDelta, Timings, TokenChance, TokenLogprob
 
 
 class Reply(BaseModel):
@@ -144,6 +144,11 @@ class ReplyWriter:
             total_tokens=num_prompt + num_new,
             prompt_tokens_details=details,
         )
+
+    def timings(self) -> Timings | None:
+        """Of the answer that took longest, among those that have ended."""
+        ended = [last.timings for last in self._last if last is not None and last.timings is not None]
+        return max(ended, key=lambda one: (one.first_token or 0.0) + (one.answer or 0.0), default=None)
 
     def whole(self, answers: Sequence[Sequence[AnswerDelta]]) -> ChatCompletion:
         """The reply that is no stream; `answers` holds the deltas of each choice."""

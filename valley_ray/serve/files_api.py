@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from valley_ray.serve.chat_reply import Reply
 from valley_ray.serve.files import FileStore, StoredFile
-from valley_ray.serve.gate import visit_of
 from valley_ray.serve.refusals import UploadError
 from valley_ray.serve.upload import receive_upload
+from valley_ray.serve.visit import visit_of
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 

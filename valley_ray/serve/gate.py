@@ -3,51 +3,26 @@
 Pure ASGI, so that streams pass through as they are. Knows nothing of what the handlers do.
 """
 
-import logging
 import re
-import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from valley_ray.errors import ValleyError
 from valley_ray.serve.http_errors import error_response
-from valley_ray.serve.keys import ANYONE, Caller, Keys, is_loopback
+from valley_ray.serve.keys import Keys, is_loopback
 from valley_ray.serve.rate_limit import Allowance, RateLimit, RateLimiter
 from valley_ray.serve.refusals import ForbiddenOriginError
-
-access_log = logging.getLogger("ray.serve.valley_access")
-"""Below Serve's own logger: a replica writes nothing else to its log file."""
+from valley_ray.serve.visit import Visit, begin_visit, end_visit
 
 REQUEST_ID = "x-request-id"
 _OPEN_PATHS = frozenset({"/health", "/ready", "/openapi.json"})
 """What load balancers and clients may ask without a key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-
-
-@dataclass
-class Visit:
-    """One HTTP request as the gate and the handlers know it."""
-
-    request_id: str
-    """The client's x-request-id, or ours."""
-    caller: Caller = ANYONE
-    num_prompt_tokens: int = 0
-    num_tokens: int = 0
-    """Tokens of the answers; handlers fill both in, and a rate limit is charged with them when the request ends."""
-    notes: dict[str, str] = field(default_factory=dict)
-    """What else the access log should show."""
-
-
-def visit_of(request: Request) -> Visit:
-    """The visit that a handler works for."""
-    visit: Visit = request.scope["valley_visit"]
-    return visit
 
 
 class Gate:
@@ -77,34 +52,44 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, started, status = Headers(scope=scope), time.monotonic(), 0
-        visit = scope["valley_visit"] = Visit(_request_id(headers))
+        headers = Headers(scope=scope)
+        visit = begin_visit(scope, _request_id(headers))
+        try:
+            await self._serve(scope, receive, send, headers, visit)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            # What answers it stands in front of the gate.
+            visit.status, visit.refusal = visit.status or 500, "internal_error"
+            raise
+        finally:
+            end_visit(scope, visit, is_counted=scope["path"] not in _OPEN_PATHS)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, visit: Visit) -> None:
         allowance: Allowance | None = None
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                visit.status = message["status"]
                 outgoing = MutableHeaders(scope=message)
                 if not self._behind_serve:
                     outgoing[REQUEST_ID] = visit.request_id
                 for name, value in (allowance.headers() if allowance is not None else {}).items():
                     outgoing[name] = value
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                visit.is_complete = True
 
         try:
-            try:
-                allowance = self._admit(scope, headers, visit)
-            except ValleyError as error:
-                await error_response(error)(scope, receive, send_with_headers)
-                return
-            try:
-                await self._app(scope, receive, send_with_headers)
-            finally:
-                if allowance is not None:
-                    allowance.leave(visit.num_prompt_tokens + visit.num_tokens)
+            allowance = self._admit(scope, headers, visit)
+        except ValleyError as error:
+            await error_response(error)(scope, receive, send_with_headers)
+            return
+        try:
+            await self._app(scope, receive, send_with_headers)
         finally:
-            _write_line(scope, visit, status, time.monotonic() - started)
+            if allowance is not None:
+                allowance.leave(visit.num_prompt_tokens + visit.num_tokens)
 
     def _admit(self, scope: Scope, headers: Headers, visit: Visit) -> Allowance | None:
         """Check origin and key, count the request in; None: it is not counted."""
@@ -136,22 +121,3 @@ class Gate:
 def _request_id(headers: Headers) -> str:
     sent = headers.get(REQUEST_ID, "")
     return sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid4().hex}"
-
-
-def _write_line(scope: Scope, visit: Visit, status: int, seconds: float) -> None:
-    # status 0: the client went away, or the handler failed before the first byte.
-    notes = "".join(f" {name}={value}" for name, value in visit.notes.items())
-    access_log.log(
-        logging.DEBUG if scope["path"] in _OPEN_PATHS else logging.INFO,
-        "%s %s %s %d %.1f ms caller=%s prompt_tokens=%d new_tokens=%d%s",
-        visit.request_id,
-        scope["method"],
-        # A path is what the client sent: no line breaks into the log.
-        scope["path"][:200].encode("unicode_escape").decode(),
-        status,
-        seconds * 1000,
-        visit.caller.name,
-        visit.num_prompt_tokens,
-        visit.num_tokens,
-        notes,
-    )

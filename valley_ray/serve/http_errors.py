@@ -28,6 +28,7 @@ from valley_ray.errors import (
 )
 from valley_ray.serve.chat_request import ChatCompletionRequest
 from valley_ray.serve.refusals import RateLimitError, RequestTooLargeError, UnauthorizedError, UnknownFileError
+from valley_ray.serve.visit import note_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,18 @@ def error_body(error: BaseException) -> tuple[int, dict[str, Any]]:
     return 500, _body("the server failed on this request; its log says why", 500, "internal_error", None)
 
 
+class _ErrorResponse(JSONResponse):
+    """Tells the visit which error it brings."""
+
+    def __init__(self, body: dict[str, Any], *, status_code: int, headers: dict[str, str]) -> None:
+        super().__init__(body, status_code=status_code, headers=headers)
+        self._code: str = body["error"]["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_refusal(scope, self._code)
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: BaseException) -> JSONResponse:
     """The response to an error, with the headers that its status asks for."""
     status, body = error_body(error)
@@ -87,7 +100,7 @@ def error_response(error: BaseException) -> JSONResponse:
         headers["Retry-After"] = "1"
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body, status_code=status, headers=headers)
+    return _ErrorResponse(body, status_code=status, headers=headers)
 
 
 def add_error_handlers(api: FastAPI) -> None:

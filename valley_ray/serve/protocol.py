@@ -1,7 +1,7 @@
 """The dataclasses handed between deployments. What comes in and goes out over HTTP: chat_request.py, chat_reply.py."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from pydantic import ValidationError
@@ -66,6 +66,8 @@ class AnswerRequest:
     """Deltas as they become certain, or one at the end."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the model's own."""
+    sent_at: float | None = None
+    """When the ingress passed it on, Unix time in seconds by the ingress's clock."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,32 @@ class TokenLogprob(TokenChance):
     """The likeliest tokens at its position, likeliest first."""
 
 
+MediaCache = Literal["decoder", "encoder", "sampler", "none"]
+"""Whose cache had what was needed of some media, or was just getting it; none: it was decoded and encoded anew."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of an answer went, seconds; None: the stage did not run for it."""
+
+    queue: float | None = None
+    """From the ingress to a decoder."""
+    media: float | None = None
+    """Until the decoder had the visual tokens of all media; decoding and encoding are parts of it."""
+    decode: float | None = None
+    """A sampler decoded; of several media the longest."""
+    encode: float | None = None
+    """An encoder encoded, waiting for its batch included; of several media the longest."""
+    prefill: float | None = None
+    """From the engine's door to the first token, waiting for a place included."""
+    first_token: float | None = None
+    """From the decoder's beginning to the first token."""
+    answer: float | None = None
+    """From the first token to the last."""
+    cache: MediaCache | None = None
+    """Of several media the one that cost most; None without media."""
+
+
 @dataclass(frozen=True)
 class AnswerDelta:
     """A piece of an answer; the last one has a finish reason."""
@@ -100,3 +128,5 @@ class AnswerDelta:
     delta later than its tokens do."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed anew."""
+    timings: Timings | None = None
+    """Of the whole answer, with its last delta."""

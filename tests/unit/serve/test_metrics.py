@@ -1,0 +1,43 @@
+"""The declared metrics: names and units as Prometheus wants them, buckets, and silence outside of replicas."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+from valley_ray.serve import metrics
+from valley_ray.serve.metrics import Counter, Gauge, Histogram
+
+GUIDE = Path(__file__).parents[3] / "docs" / "serving.md"
+
+
+def test_names_end_in_their_unit() -> None:
+    assert len({metric.name for metric in metrics.ALL}) == len(metrics.ALL)
+    for metric in metrics.ALL:
+        assert re.fullmatch(r"valley_[a-z]+(_[a-z]+)*", metric.name)
+        ending = {Counter: "_total", Gauge: ("_bytes", "_requests")}.get(type(metric), "_seconds")
+        assert metric.name.endswith(ending), metric.name
+        assert metric.description.endswith("."), metric.name
+        # Ray sets these itself.
+        assert not set(metric.labels) & {"application", "deployment", "replica", "route"}
+
+
+def test_buckets_reach_from_milliseconds_to_minutes() -> None:
+    for metric in metrics.ALL:
+        if isinstance(metric, Histogram):
+            assert all(low < high for low, high in pairwise(metric.buckets))
+            assert metric.buckets[0] == 0.001
+            assert metric.buckets[-1] >= (2.5 if metric is metrics.TOKEN_GAP_SECONDS else 300)
+
+
+def test_a_process_that_is_no_replica_records_nothing() -> None:
+    metrics.REQUESTS.add(endpoint="chat", outcome="answered")
+    metrics.RUNNING_REQUESTS.set(3)
+    metrics.REQUEST_SECONDS.observe(0.5, endpoint="chat", outcome="answered")
+    assert not any(metric._of_ray for metric in metrics.ALL)
+
+
+def test_the_guide_lists_every_metric_with_its_labels() -> None:
+    rows = dict(re.findall(r"^\| `(valley_\w+)` \|([^|]*)\|", GUIDE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(rows) == {metric.name for metric in metrics.ALL}
+    for metric in metrics.ALL:
+        assert set(re.findall(r"`(\w+)`", rows[metric.name])) == set(metric.labels), metric.name
