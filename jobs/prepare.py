@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from valley_ray.config import apply_overrides, read_yaml, validate_config
+from valley_ray.config import COMMAND_LINE, apply_overrides, read_yaml, validate_config
 from valley_ray.data.check import check_prepare
 from valley_ray.data.config import PrepareConfig
 from valley_ray.errors import ValleyError
@@ -50,10 +50,10 @@ def _config(given: argparse.Namespace) -> PrepareConfig:
         paths = [Path(__file__).parent / "configs" / "prepare.yaml"]
     named = {"sources": [{"path": at} for at in given.input], "media_root": given.media_root, "output": given.output}
     values = (read_yaml(paths[0]) if paths else {}) | {name: value for name, value in named.items() if value}
-    apply_overrides(values, [word for word in given.words if "=" in word])
+    apply_overrides(values, overrides := [word for word in given.words if "=" in word])
     if "output" not in values:
         raise ValleyError("nowhere to write: give --output DIR")
-    return validate_config(PrepareConfig, values, source=str(paths[0]) if paths else "the command line")
+    return validate_config(PrepareConfig, values, source=str(paths[0]) if paths else COMMAND_LINE, overrides=overrides)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Knows no particular configuration: each room keeps its own model beside its code
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -12,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from valley_ray.errors import ConfigError
+
+COMMAND_LINE = "the command line"
 
 
 class Config(BaseModel):
@@ -30,20 +33,32 @@ def load_config(model: type[ConfigT], path: str | Path | None = None, overrides:
 
     Raises:
         ConfigError: the file is missing or no mapping, an override has no ``=``, a key is unknown (the nearest valid
-            key is named) or a value is out of range.
+            key is named) or a value is out of range; it says whether the file or an override is at fault.
     """
     values = read_yaml(Path(path)) if path is not None else {}
     apply_overrides(values, overrides)
-    return validate_config(model, values, source=str(path) if path is not None else "the command line")
+    source = str(path) if path is not None else COMMAND_LINE
+    return validate_config(model, values, source=source, overrides=overrides)
 
 
-def validate_config(model: type[ConfigT], values: Mapping[str, Any], *, source: str) -> ConfigT:
-    """Validate `values` as `model`; raises ConfigError with every problem in one line, each with its fix."""
+def validate_config(
+    model: type[ConfigT], values: Mapping[str, Any], *, source: str, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Validate `values` as `model`; raises ConfigError with every problem in one line, each with its fix.
+
+    Args:
+        source: where the values were read.
+        overrides: those that `apply_overrides` has put into `values`; their problems are the command line's.
+    """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        problems = "; ".join(_describe(model, problem) for problem in error.errors())
-        raise ConfigError(f"{source}: {problems}") from error
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            where = COMMAND_LINE if _is_of(overrides, problem) else source
+            problems.setdefault(where, []).append(_describe(model, problem))
+        said = "; ".join(f"{where}: {'; '.join(sentences)}" for where, sentences in problems.items())
+        raise ConfigError(said) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -103,6 +118,22 @@ def _place(node: Any, name: str, override: str, parents: str) -> Any:
             f"list whole: {parents}='[{{...}}]'"
         )
     return name
+
+
+def _is_of(overrides: Sequence[str], problem: Any) -> bool:
+    """Whether one of `overrides` made a problem: it set the place, made up a key, or has a name that a rule names."""
+    location = [str(part) for part in problem["loc"]]
+    for override in overrides:
+        key = override.partition("=")[0].split(".")
+        if location[: len(key)] == key:
+            return True
+        if key[: len(location)] != location:
+            continue
+        if problem["type"] == "extra_forbidden":
+            return True
+        if problem["type"] == "value_error" and re.search(rf"\b{re.escape(key[-1])}\b", problem["msg"]):
+            return True
+    return False
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

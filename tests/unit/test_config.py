@@ -55,3 +55,33 @@ def test_the_lists_that_were_read_are_left_as_they_are() -> None:
     apply_overrides(values, ["stages.0.max_steps=2"])
     assert stages == [{"max_steps": 70}]
     assert values == {"stages": [{"max_steps": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("override", "blamed"),
+    [
+        ("num_worker=2", "the command line: unknown key 'num_worker'"),
+        ("stages.0.max_step=2", "the command line: unknown key 'stages.0.max_step'"),
+        ("dataa.mode=shards", "the command line: unknown key 'dataa'"),
+        ("log_every=0", "the command line: log_every=0"),
+        ("stages=[{name: one}]", "the command line: missing key 'stages.0.trainable'"),
+        ("micro_batch_size=5", "the command line: global_batch_size=32 must be a multiple of micro_batch_size=5"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(path: Path, override: str, blamed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, [override])
+    assert str(caught.value).startswith(blamed)
+    assert str(path) not in str(caught.value)
+
+
+def test_a_mistake_in_the_file_is_not_blamed_on_the_command_line(path: Path) -> None:
+    path.write_text(FILE + "num_worker: 2\nmicro_batch_size: 5\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, ["log_every=0", "seed=3"])
+    assert str(caught.value).startswith("the command line: log_every=0")
+    assert f"; {path}: unknown key 'num_worker'" in str(caught.value)
+    path.write_text(FILE + "micro_batch_size: 5\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, ["log_every=2", "seed=3"])
+    assert str(caught.value).startswith(f"{path}: global_batch_size=32 must be a multiple")

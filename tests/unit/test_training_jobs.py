@@ -120,6 +120,21 @@ def test_the_first_stage_alone_is_run_and_a_second_one_refused(
     assert "trains lora, which is for a second stage; run jobs/finetune.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["valley-stage2.yaml", "valley-stage2-lora.yaml", "valley-stage2-zero3.yaml"])
+def test_a_second_stage_without_the_first_names_the_job_to_run(
+    job: Job, made: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = NANO.with_name(name)
+    for words in ((str(path),), (str(path), "--check")):
+        assert job(*words) == 2
+        error = capsys.readouterr().err
+        assert f"python jobs/pretrain.py {path.with_name('valley-stage1.yaml')} makes it" in error
+        assert error.count("\n") == 1
+    assert job(str(path), "model=mine") == 2
+    assert "is no model folder" in capsys.readouterr().err
+    assert made == []
+
+
 def test_the_nano_configurations_share_what_is_decoded() -> None:
     both, first = (load_config(TrainConfig, NANO.with_name(name)) for name in ("nano.yaml", "nano-stage1.yaml"))
     assert first.data == both.data

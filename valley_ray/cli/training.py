@@ -38,7 +38,8 @@ def run_job(name: str, arguments: Sequence[str], *, about: str, default: Path, f
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         options = _parser(name, about).parse_intermixed_args(arguments)
-        config = _config(options.words, default).under(storage_root())
+        path, config = _config(options.words, default)
+        _check_first_stage_was_run(config, path.parent)
         _run(_first_stage(config) if first_stage_alone else config, only_check=options.check)
     except ValleyError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -81,19 +82,41 @@ def _run(config: TrainConfig, *, only_check: bool) -> None:
     print(f'{result.text()}\ntry: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')
 
 
-def _config(words: Sequence[str], default: Path) -> TrainConfig:
+def _config(words: Sequence[str], default: Path) -> tuple[Path, TrainConfig]:
     overrides = [word for word in words if "=" in word]
     paths = [Path(word) for word in words if "=" not in word]
     if len(paths) > 1:
         raise ConfigError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop all but one")
-    return load_config(TrainConfig, paths[0] if paths else default, overrides)
+    path = paths[0] if paths else default
+    return path, load_config(TrainConfig, path, overrides).under(storage_root())
+
+
+def _check_first_stage_was_run(config: TrainConfig, configs: Path) -> None:
+    """Raise ConfigError, with the job to run, where the model is missing that another file of `configs` makes."""
+    if (config.model / "config.json").is_file():
+        return
+    for path in sorted(configs.glob("*.yaml")):
+        try:
+            maker = load_config(TrainConfig, path).under(storage_root())
+        except ConfigError:
+            continue  # a configuration of something else
+        if maker.output == config.model:
+            job = "finetune" if len(maker.stages) > 1 or _language_parts(maker) else "pretrain"
+            raise ConfigError(
+                f"model={str(config.model)!r} is not there yet; python jobs/{job}.py {path} makes it, or name another"
+            )
+
+
+def _language_parts(config: TrainConfig) -> list[str]:
+    """What the first stage trains of the language model."""
+    from valley_ray.train.check import LANGUAGE_PARTS
+
+    return sorted(config.stages[0].parts & LANGUAGE_PARTS)
 
 
 def _first_stage(config: TrainConfig) -> TrainConfig:
-    from valley_ray.train.check import LANGUAGE_PARTS
-
     first = config.stages[0]
-    if parts := sorted(first.parts & LANGUAGE_PARTS):
+    if parts := _language_parts(config):
         raise ConfigError(
             f"stage {first.name} trains {', '.join(parts)}, which is for a second stage; run jobs/finetune.py with it"
         )

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from valley_ray.config import Config
 from valley_ray.data.feature_store import Dtype, Form
-from valley_ray.data.sources.config import SourceConfig
+from valley_ray.data.sources.config import SourceConfig, distinct_name
 from valley_ray.fetch import FetchPolicy
 from valley_ray.media.decode import Backend
 from valley_ray.media.preprocess import Crop
@@ -76,6 +76,14 @@ class PipelineConfig(DecodeSettings):
     def roots(self) -> tuple[Path, ...]:
         """The media root of each file of records."""
         return self.media_root if len(self.media_root) > 1 else self.media_root * len(self.records)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What samples of each file of records carry as their source: its name, or `NAME#2` where that is taken."""
+        names: list[str] = []
+        for path in self.records:
+            names.append(distinct_name(path.name, names))
+        return tuple(names)
 
 
 class PrepareConfig(DecodeSettings):

@@ -101,8 +101,8 @@ def _plan(config: PipelineConfig, order: Order | Callable[[int], Order] | None) 
 
     processor = ValleyProcessor.from_pretrained(config.model)
     check_one_size(video_crop=processor.video_crop, image_crop=processor.image_crop)
-    tables = [read_records(path, media_root=root) for path, root in zip(config.records, config.roots, strict=True)]
-    clips, samples = join(tables)
+    files = zip(config.records, config.roots, config.source_names, strict=True)
+    clips, samples = join([read_records(path, media_root=root, name=name) for path, root, name in files])
     num_samples = samples.num_rows
     if order is None:
         shuffled = np.random.default_rng(config.seed).permutation(num_samples)

@@ -29,14 +29,15 @@ def use_packed_attention(core: Any, device: torch.device, *, precision: str) -> 
     Raises:
         ConfigError: samples of this model cannot share a row.
     """
-    _check_packable(core)
+    check_packable(core)
     if device.type == "cuda" and precision != "fp32" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY:
         has_package = importlib.util.find_spec("flash_attn") is not None
         core.language_model.set_attn_implementation("flash_attention_2" if has_package else register_varlen())
     return str(core.language_model.config._attn_implementation)
 
 
-def _check_packable(core: Any) -> None:
+def check_packable(core: Any) -> None:
+    """Raise ConfigError where samples of this model (ValleyCore) cannot share a row."""
     if core.config.splice != "strict":
         raise ConfigError(
             f"pack_tokens puts several samples into a row, of which splice={core.config.splice} takes one clip; set "

@@ -88,13 +88,18 @@ def check_batch(config: TrainConfig, num_samples: int, *, what: str) -> None:
 
 
 def check_parts(config: TrainConfig, model_config: "ValleyConfig") -> None:
-    """Refuse stages that train what the model does not have, and adapters that fit neither it nor ZeRO."""
+    """Refuse stages that train what the model does not have, adapters that fit neither it nor ZeRO, and packing of
+    samples that cannot share a row."""
     if any("lora" in stage.parts for stage in config.stages):
         _check_adapter(config)
+    from valley_ray.train.attention import check_packable
     from valley_ray.train.forecast import meta_model, trained_groups
 
     for stage in config.stages:
-        trained_groups(meta_model(model_config, config, stage), stage)
+        model = meta_model(model_config, config, stage)
+        trained_groups(model, stage)
+        if config.pack_tokens is not None:
+            check_packable(model.core)
 
 
 def _check_adapter(config: TrainConfig) -> None:
@@ -169,7 +174,7 @@ def _check_data(config: TrainConfig, processor: "ValleyProcessor") -> None:
     for folder in settings.media_root:
         if not folder.is_dir():
             raise ConfigError(f"data.pipeline.media_root: {folder} is no folder; check the path")
-    check_weights(config.data.weights, dict.fromkeys((path.name for path in settings.records), 0))
+    check_weights(config.data.weights, dict.fromkeys(settings.source_names, 0))
 
 
 def _check_store(config: TrainConfig, processor: "ValleyProcessor") -> None:

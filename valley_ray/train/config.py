@@ -24,8 +24,9 @@ class DataConfig(Config):
     """stored: where features of this model's tower lie beside the shards (`PrepareConfig.features`), they are read
     instead of frames, and clips without any go through the tower; computed: all clips do."""
     weights: dict[str, Annotated[float, Field(ge=0.01, le=100)]] | None = None
-    """Draws of every sample per epoch, by its source (name of the file of records, or `SourceConfig.name`): 2 draws
-    each twice, 0.5 half of them in each epoch and the other half in the next. Sources not named are drawn once."""
+    """Draws of every sample per epoch, by its source (`PipelineConfig.source_names`: the file of records, `NAME#2` for
+    a second one of that name; or `SourceConfig.name`): 2 draws each twice, 0.5 half of them in each epoch and the other
+    half in the next. Sources not named are drawn once."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

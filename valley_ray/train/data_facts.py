@@ -99,9 +99,9 @@ def _of_records(settings: PipelineConfig, processor: "ValleyProcessor", *, seed:
     tokenized: list[dict[str, Any]] = []
     num_frames = (settings.sampling or processor.sampling).num_frames or FRAMES_AT_A_RATE
     tokenize = TokenizeStage(processor)
-    for path, root in zip(settings.records, settings.roots, strict=True):
+    for path, root, name in zip(settings.records, settings.roots, settings.source_names, strict=True):
         rows, total = _some_rows(path, root, random.Random(seed))
-        sources[path.name] += total
+        sources[name] += total
         clips = {clip["clip_id"]: _outcome(clip, num_frames) for row in rows for clip in row.clips}
         tokenized += tokenize([row.sample for row in rows if row.sample is not None], clips).to_pylist()
     found = [row for row in tokenized if row["status"] == OK]

@@ -8,6 +8,7 @@ from data_clips import turns
 from tiny import make_tiny_valley
 
 from valley_ray.config import validate_config
+from valley_ray.data import pipeline
 from valley_ray.data.pipeline import PipelineConfig, run_pipeline
 from valley_ray.errors import ConfigError
 from valley_ray.train.config import TrainConfig
@@ -26,6 +27,19 @@ def test_crops_of_many_sizes_are_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"image_crop has fit=keep.*many sizes.*crop or stretch"):
         run_pipeline(config)
+
+
+def test_two_files_of_one_name_are_two_sources(tmp_path: Path, tiny_valley: Path) -> None:
+    paths = [tmp_path / name / "chat.json" for name in ("images", "videos", "more")]
+    for number, path in enumerate(paths, 1):
+        path.parent.mkdir()
+        records = [{"id": f"{number}-{row}", "conversations": turns()} for row in range(number)]
+        path.write_text(json.dumps(records), encoding="utf-8")
+    config = PipelineConfig(records=paths, media_root=tmp_path, model=tiny_valley, windows_dir=tmp_path / "windows")
+    names = ("chat.json", "chat.json#2", "chat.json#3")
+    assert config.source_names == names
+    plan = pipeline._plan(config, None)
+    assert plan.info.sources == dict(zip(names, (1, 2, 3), strict=True))
 
 
 def test_unknown_video_decoder_is_refused() -> None:

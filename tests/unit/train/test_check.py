@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import make_tiny_valley
 from train_store import make_store
+from transformers import PreTrainedModel
 
 from valley_ray.config import load_config
 from valley_ray.errors import CheckpointError, ConfigError, DataError, ValleyError
@@ -134,6 +135,16 @@ def test_settings_for_answering_alone_are_refused(
     refused(config(model=folder), "train with 'valley' or 'upstream-train'")
 
 
+def test_packing_is_refused_where_samples_cannot_share_a_row(
+    config: Callable[..., TrainConfig], changed_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(config(model=changed_model("config.json", splice="upstream"), pack_tokens=64), "splice='upstream'")
+    assert check_run(config(pack_tokens=64)) == ()
+    monkeypatch.setattr(PreTrainedModel, "_is_stateful", True)
+    refused(config(pack_tokens=64), "carries a state from one sample of a row to the next; set pack_tokens=null")
+    assert check_run(config()) == ()
+
+
 def test_parts_and_adapters_that_the_model_does_not_have_are_refused(config: Callable[..., TrainConfig]) -> None:
     stage = StageConfig(name="odd", trainable=("projector", "temporal"), learning_rate=1e-3, max_steps=1)
     refused(config(stages=(stage,)), "stage odd trains temporal, which this model does not have")
@@ -189,6 +200,11 @@ def test_files_that_are_not_there_are_named(config: Callable[..., TrainConfig], 
     weighted = overlap()
     data = weighted.data.model_copy(update={"weights": {"r.json": 2.0, "q.json": 1.0}})
     refused(weighted.model_copy(update={"data": data}), "data.weights names q.json")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "r.json").write_text("[]")
+    twice = overlap(records=[str(tmp_path / "r.json"), str(tmp_path / "second" / "r.json")])
+    data = twice.data.model_copy(update={"weights": {"r.json": 2.0, "r.json#2": 0.5}})
+    assert check_run(twice.model_copy(update={"data": data})) == ()
     assert check_run(overlap()) == ()
 
 

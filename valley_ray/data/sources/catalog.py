@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from valley_ray.data.commit import write_json
 from valley_ray.data.mapped import MAPPED_PATTERN, mapped
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, SAMPLES_SCHEMA
-from valley_ray.data.sources.config import SourceConfig
+from valley_ray.data.sources.config import SourceConfig, distinct_name
 from valley_ray.data.sources.files import last_part, normalized, shown
 from valley_ray.data.sources.media import printable
 from valley_ray.data.sources.registry import open_source
@@ -236,19 +236,13 @@ def _write_source(config: SourceConfig, name: str, tables: _Tables) -> SourceSum
 
 def _names(sources: Sequence[SourceConfig]) -> Iterator[str]:
     """What each source is called: as it says, or by its path, with a number where that is taken."""
-    taken = {config.name for config in sources}
+    taken = {config.name for config in sources if config.name is not None}
     for config in sources:
         name = config.name
         if name is None:
-            plain = printable(last_part(normalized(config.path)))
-            name = next(one for one in _numbered(plain) if one not in taken)
+            name = distinct_name(printable(last_part(normalized(config.path))), taken)
             taken.add(name)
         yield name
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}#{number}" for number in itertools.count(2))
 
 
 def _batches(directory: Path, kind: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

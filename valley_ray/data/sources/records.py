@@ -12,16 +12,17 @@ from valley_ray.data.sources.rows import Source
 from valley_ray.errors import DataError
 
 
-def read_records(path: Path, *, media_root: Path) -> tuple[pa.Table, pa.Table]:
+def read_records(path: Path, *, media_root: Path, name: str | None = None) -> tuple[pa.Table, pa.Table]:
     """Read a JSON list of conversations into (clips, samples), in file order; media are looked for at their `places`.
 
     Samples that name the same file share one row of the clips table. One `<image>` mark for a list of images stands for
-    all of them, as the frames of one clip (upstream); as many marks as images stand for one each.
+    all of them, as the frames of one clip (upstream); as many marks as images stand for one each. `name` is what the
+    samples carry as their source; None: that of the file.
 
     Raises:
         DataError: the file is missing, is not JSON, or is not a list. Bad records inside it are failed rows instead.
     """
-    source = Source(str(path), path.name, Media(str(media_root)))
+    source = Source(str(path), name or path.name, Media(str(media_root)))
     rows = list(read_conversations(source))
     clips = {clip["clip_id"]: clip for row in rows for clip in row.clips}
     return (
