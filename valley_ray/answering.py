@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,17 +34,23 @@ def load_model(
     splice: str | None = None,
     allow_bin: bool = True,
     base: str | Path | None = None,
+    keep: Literal["all", "vision", "language"] = "all",
 ) -> ValleyForConditionalGeneration:
     """Open the weights of a model folder for inference; `dtype` None means float32 on a CPU, else the folder's own.
 
-    `splice`, `allow_bin` and `base` are those of `ValleyForConditionalGeneration.from_pretrained`. Raises
-    CheckpointError where the folder cannot be opened.
+    `keep` "vision" drops the language model and "language" the tower before anything goes to the device. `splice`,
+    `allow_bin` and `base` are those of `ValleyForConditionalGeneration.from_pretrained`. Raises CheckpointError where
+    the folder cannot be opened.
     """
     if dtype is None and device == "cpu":
         dtype = torch.float32
     model = ValleyForConditionalGeneration.from_pretrained(
         folder, dtype=dtype or "auto", splice=splice, allow_bin=allow_bin, base=base
     )
+    if keep == "vision":
+        del model.core.language_model
+    elif keep == "language":
+        del model.vision_tower
     model.to(device).eval()
     return model
 

@@ -1,4 +1,4 @@
-"""The Serve application: ServeConfig → four deployments, and a way to run them from Python.
+"""The Serve application: ServeConfig → its deployments, and a way to run them from Python.
 
 ``build`` is what a Serve YAML names. Models are opened by replicas, never here.
 """
@@ -25,11 +25,13 @@ from valley_ray.serve.encoder import VisionEncoder
 from valley_ray.serve.ingress import Ingress
 from valley_ray.serve.keys import Keys, check_exposure, read_keys
 from valley_ray.serve.sampler import FrameSampler
+from valley_ray.serve.weights_version import weights_version
 from valley_ray.storage import storage_root
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "valley"
+_ROUTER = "valley_ray.serve.router:MediaRouter"
 
 
 class BuildError(ConfigError, RayServeException):
@@ -40,12 +42,21 @@ def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
     """Check the configuration and bind the deployments; raises BuildError with one line that says what to do."""
     config, keys = _check(args)
 
-    def deployment(kind: type[Any], size: str) -> serve.Deployment:
-        return serve.deployment(kind, **getattr(config, size).options(kind.__name__))
+    # How busy a replica that knows a video may be, in requests, before another one gets to know it too.
+    slack = {"decoder": max(1, config.num_slots // 2), "encoder": config.encode_batch_size, "sampler": 2}
 
-    sampler = deployment(FrameSampler, "sampler").bind(config)
-    encoder = deployment(VisionEncoder, "encoder").bind(config, sampler)
-    decoder = deployment(LanguageDecoder, "decoder").bind(config, encoder)
+    def deployment(kind: type[Any], size: str) -> serve.Deployment:
+        router = None
+        if size in slack:
+            router = {"request_router_class": _ROUTER, "request_router_kwargs": {"slack": slack[size]}}
+        return serve.deployment(kind, **getattr(config, size).options(kind.__name__, router=router))
+
+    if config.shape == "colocated":
+        decoder = deployment(LanguageDecoder, "decoder").bind(config)
+    else:
+        sampler = deployment(FrameSampler, "sampler").bind(config)
+        encoder = deployment(VisionEncoder, "encoder").bind(config, sampler)
+        decoder = deployment(LanguageDecoder, "decoder").bind(config, encoder)
     return deployment(Ingress, "ingress").bind(config, decoder, keys)
 
 
@@ -55,12 +66,23 @@ def _check(args: ServeConfig | Mapping[str, Any]) -> tuple[ServeConfig, Keys]:
         config = args if isinstance(args, ServeConfig) else validate_config(ServeConfig, args, source="args")
         _check_folder(config)
         keys = read_keys(config.api_keys_file)
+        versions = _versions(config)
     except ValleyError as error:
         raise BuildError(str(error)) from None
     roots = tuple(root.absolute() for root in config.allow_roots)
     files = config.files.model_copy(update={"folder": storage_root() / config.files.folder})
-    absolute = {"model": config.model.absolute(), "allow_roots": roots, "files": files}
-    return config.model_copy(update={**absolute, "model_name": config.served_name}), keys
+    adapters = {name: folder.absolute() for name, folder in config.adapters.items()}
+    absolute = {"model": config.model.absolute(), "adapters": adapters, "allow_roots": roots, "files": files}
+    return config.model_copy(update={**absolute, **versions, "model_name": config.served_name}), keys
+
+
+def _versions(config: ServeConfig) -> dict[str, Any]:
+    """Computed once: replicas that start at different times must agree on what they have."""
+    for name, folder in config.adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"adapters.{name}: no adapter_config.json in {folder}; name a folder that training wrote")
+    adapters = {name: weights_version(folder) for name, folder in config.adapters.items()}
+    return {"weights_version": weights_version(config.model), "adapter_versions": adapters}
 
 
 def _check_folder(config: ServeConfig) -> None:

@@ -41,6 +41,13 @@ def _what_was_raised(error: BaseException) -> BaseException:
     return error
 
 
+def check_version(asked: str, own: str) -> None:
+    """Raise UnavailableError where a caller of another deployment has other weights: while a redeploy replaces one
+    replica after the other, what is made for one model must not reach the other."""
+    if asked != own:
+        raise UnavailableError("the server is changing to another model; try again shortly")
+
+
 class PullCache(Generic[Value]):
     """Least recently used values up to a number of bytes; callers of one missing key wait for one computation.
 

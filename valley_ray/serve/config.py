@@ -1,8 +1,8 @@
 """ServeConfig: what a user writes under `args` of a Serve YAML; and that YAML as far as `valley-ray serve` takes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,41 +10,11 @@ from valley_ray.config import Config, apply_overrides, read_yaml, validate_confi
 from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
+from valley_ray.serve.deployment_config import DeploymentConfig
 from valley_ray.serve.files import FilesConfig
 from valley_ray.serve.rate_limit import RateLimit
 
-
-class DeploymentConfig(Config):
-    """Size of one deployment. Fractions of CPUs are reservations, not limits."""
-
-    num_replicas: int = Field(default=1, ge=1)
-    """Replicas that run at once."""
-    num_cpus: float = Field(default=0.25, ge=0)
-    """CPUs reserved per replica."""
-    num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs reserved per replica; above 0 the replica's model lives on the GPU."""
-    max_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests that one replica works on at once."""
-    max_queued_requests: int = Field(default=64, ge=-1)
-    """Requests that wait per calling replica before more are refused with 429; -1: no limit."""
-
-    def options(self, name: str) -> dict[str, Any]:
-        """Arguments of `serve.deployment`."""
-        return {
-            "name": name,
-            "num_replicas": self.num_replicas,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-            "max_ongoing_requests": self.max_ongoing_requests,
-            "max_queued_requests": self.max_queued_requests,
-            # How often a leaving replica looks whether its requests are done; Serve's 2 s add up over the deployments.
-            "graceful_shutdown_wait_loop_s": 0.25,
-            "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
-        }
-
-    @property
-    def device(self) -> Literal["cpu", "cuda"]:
-        """Where a replica's model lives."""
-        return "cuda" if self.num_gpus > 0 else "cpu"
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class ServeConfig(Config):
@@ -58,6 +28,10 @@ class ServeConfig(Config):
     """Open weights in pickled .bin files, as upstream released them; safetensors need no such trust."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the weights; None: float32 on a CPU, the folder's own on a GPU."""
+    adapters: dict[AdapterName, Path] = Field(default_factory=dict)
+    """LoRA folders on top of the model, by the names that requests put behind its own: `model: NAME:ADAPTER`."""
+    max_adapters: int = Field(default=4, ge=1)
+    """Most adapters that one replica keeps in memory."""
 
     allow_roots: tuple[Path, ...] = ()
     """Folders whose files requests may name by path or file:// URI (on the machine of the replicas). Empty: none."""
@@ -113,6 +87,9 @@ class ServeConfig(Config):
     decoder_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Visual tokens kept by each decoder replica, bytes."""
 
+    shape: Literal["split", "colocated"] = "split"
+    """split: samplers, encoders and decoders are deployments of their own. colocated: each decoder replica has a
+    sampler and an encoder in its process and opens the weights once; `encoder` and `sampler` then size nothing."""
     ingress: DeploymentConfig = DeploymentConfig(max_ongoing_requests=128, max_queued_requests=128)
     """The HTTP front."""
     decoder: DeploymentConfig = DeploymentConfig()
@@ -122,10 +99,19 @@ class ServeConfig(Config):
     sampler: DeploymentConfig = DeploymentConfig()
     """FrameSampler replicas."""
 
+    weights_version: str = ""
+    """Set where the application is built: what is computed with other weights is never mixed in."""
+    adapter_versions: Mapping[str, str] = Field(default_factory=dict)
+    """Set where the application is built: the same of every adapter."""
+
     @property
     def served_name(self) -> str:
         """The model name that requests say."""
         return self.model_name or self.model.name
+
+    def version_of(self, adapter: str | None) -> str:
+        """What visual tokens are made with: the model's version, or that of the model under an adapter."""
+        return self.weights_version if adapter is None else f"{self.weights_version}+{self.adapter_versions[adapter]}"
 
 
 class HttpOptions(Config):

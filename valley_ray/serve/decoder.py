@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -9,35 +10,42 @@ from contextlib import aclosing
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import build_prompt, check_fit, complete_params, load_model, open_text_stream
+from valley_ray.answering import build_prompt, check_fit, complete_params, open_text_stream
 from valley_ray.engine.engine import FinishReason
 from valley_ray.engine.slots import SlotEngine
 from valley_ray.processor import ValleyProcessor
-from valley_ray.serve.calls import PullCache, unwrapped
+from valley_ray.serve.calls import PullCache
 from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.encoder import RemoteEncoder, VisionEncoder, VisualTokenSource, open_model
 from valley_ray.serve.engine_thread import EngineThread
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef, TokenLogprob
+from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.token_text import token_logprob
 
 logger = logging.getLogger(__name__)
 
 
 class LanguageDecoder:
-    """Answers many requests at once; a video it has seen lately costs no encoder call."""
+    """Answers many requests at once; a video it has seen lately costs no encoder call.
 
-    def __init__(self, config: ServeConfig, encoder: DeploymentHandle) -> None:
-        dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        model = load_model(config.model, device=config.decoder.device, dtype=dtype, allow_bin=config.allow_bin)
-        # The encoders hold the vision tower; here it would only take memory.
-        core, model_config = model.core, model.config
-        del model
+    Args:
+        config: the server's.
+        encoder: the handle of the VisionEncoder deployment; None: encoder and sampler live in this process and share
+            the weights (the colocated shape).
+    """
+
+    def __init__(self, config: ServeConfig, encoder: VisualTokenSource | DeploymentHandle | None = None) -> None:
+        model = open_model(config, config.decoder.device, keep="all" if encoder is None else "language")
         self._processor = ValleyProcessor.from_pretrained(config.model)
-        check_fit(model_config, self._processor)
+        check_fit(model.config, self._processor)
+        if encoder is None:
+            encoder = VisionEncoder(config, FrameSampler(config), model=model)
+        self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
+        self._version = config.weights_version
         self._default_sampling = config.sampling or self._processor.sampling
         self._max_length = config.max_length or self._processor.max_length
-        engine = SlotEngine(core, num_slots=config.num_slots, max_length=self._max_length)
+        engine = SlotEngine(model.core, num_slots=config.num_slots, max_length=self._max_length)
         self._thread, self._num_stopped = EngineThread(engine), 0
-        self._encoder = encoder
         self._cache: PullCache[torch.Tensor] = PullCache(config.decoder_cache_bytes, lambda tokens: tokens.nbytes)
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
@@ -83,21 +91,26 @@ class LanguageDecoder:
         sampling = wish.over(self._default_sampling)
 
         async def pull() -> torch.Tensor:
-            with unwrapped():
-                tokens: torch.Tensor = await self._encoder.visual_tokens.remote(media, sampling)
-            return tokens
+            return await self._encoder.visual_tokens(media, sampling, self._version)
 
-        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", pull)
+        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{self._version}", pull)
 
     def stats(self) -> dict[str, int]:
-        """Counts since the replica started."""
+        """Counts since the replica started, and its process."""
+        encoder = self._encoder.stats() if isinstance(self._encoder, VisionEncoder) else {}
         return {
+            "process_id": os.getpid(),
             "num_hits": self._cache.num_hits,
             "num_misses": self._cache.num_misses,
             "num_unfinished": self._thread.num_unfinished,
             # A request that a stop string ended is aborted as well, and not abandoned by anybody.
             "num_abandoned": max(0, self._thread.num_abandoned - self._num_stopped),
+            **({"num_encoded": encoder["num_encoded"]} if encoder else {}),
         }
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Serve tells the routers of callers."""
+        return {"version": self._version}
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine broke."""

@@ -1,6 +1,7 @@
 """VisionEncoder: MediaRef → visual tokens [P + T, D]; tower and projector of the model. Asked by decoders on a miss."""
 
 import asyncio
+from typing import Literal, Protocol
 
 import torch
 from ray import serve
@@ -8,39 +9,60 @@ from ray.serve.handle import DeploymentHandle
 
 from valley_ray.answering import check_fit, encode_visual_tokens, load_model
 from valley_ray.media.sampling import FrameSampling
+from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
-from valley_ray.serve.calls import PullCache, unwrapped
+from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
-from valley_ray.serve.sampler import Frames
+from valley_ray.serve.sampler import Frames, FrameSource, RemoteSampler
+
+
+class VisualTokenSource(Protocol):
+    """Who a decoder asks: a VisionEncoder in its process, or the deployment."""
+
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+        """As `VisionEncoder.visual_tokens`."""
 
 
 class VisionEncoder:
-    """Pulls frames from a sampler and encodes the clips of concurrent requests together."""
+    """Pulls frames from a sampler and encodes the clips of concurrent requests together.
 
-    def __init__(self, config: ServeConfig, sampler: DeploymentHandle) -> None:
-        dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        self._model = load_model(config.model, device=config.encoder.device, dtype=dtype, allow_bin=config.allow_bin)
-        # The decoders hold the language model; here it would only take memory.
-        del self._model.core.language_model
+    Args:
+        config: the server's.
+        sampler: a FrameSampler in this process, or the handle of the deployment.
+        model: the decoder's, where it lives in this process; None: opened here.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        sampler: FrameSource | DeploymentHandle,
+        *,
+        model: ValleyForConditionalGeneration | None = None,
+    ) -> None:
+        self._model = model or open_model(config, config.encoder.device, keep="vision")
         self._processor = ValleyProcessor.from_pretrained(config.model)
         check_fit(self._model.config, self._processor)
-        self._sampler = sampler
+        self._sampler = RemoteSampler(sampler) if isinstance(sampler, DeploymentHandle) else sampler
+        self._version = config.weights_version
         self._cache: PullCache[torch.Tensor] = PullCache(config.encoder_cache_bytes, lambda tokens: tokens.nbytes)
         self._num_encoded = 0
         self._encode.set_max_batch_size(config.encode_batch_size)
         self._encode.set_batch_wait_timeout_s(config.encode_wait_s)
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling) -> torch.Tensor:
-        """[P + T, D] of one clip or image, on the CPU; raises what the sampler raises."""
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+        """[P + T, D] of one clip or image, on the CPU, made by the model `version`.
+
+        Raises what the sampler raises; UnavailableError for another version.
+        """
+        check_version(version, self._version)
 
         async def pull() -> torch.Tensor:
-            with unwrapped():
-                frames: Frames = await self._sampler.frames.remote(media, sampling)
+            frames = await self._sampler.frames(media, sampling, self._version)
             tokens: torch.Tensor = await self._encode(frames)
             return tokens
 
-        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", pull)
+        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{version}", pull)
 
     @serve.batch
     async def _encode(self, clips: list[Frames]) -> list[torch.Tensor]:
@@ -55,3 +77,28 @@ class VisionEncoder:
             "num_misses": self._cache.num_misses,
             "num_encoded": self._num_encoded,
         }
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Serve tells the routers of callers."""
+        return {"version": self._version}
+
+
+class RemoteEncoder:
+    """The VisionEncoder deployment as a VisualTokenSource."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+        """As `VisionEncoder.visual_tokens`; OverloadedError or UnavailableError where no replica can be asked."""
+        with unwrapped():
+            tokens: torch.Tensor = await self._handle.visual_tokens.remote(media, sampling, version)
+        return tokens
+
+
+def open_model(
+    config: ServeConfig, device: str, *, keep: Literal["all", "vision", "language"]
+) -> ValleyForConditionalGeneration:
+    """The served model, or the half that a replica of a split server needs; raises CheckpointError."""
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    return load_model(config.model, device=device, dtype=dtype, allow_bin=config.allow_bin, keep=keep)

@@ -1,3 +1,5 @@
+import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -58,6 +60,28 @@ def test_paths_become_absolute_and_the_name_is_the_folders(tiny_valley: Path, mo
     assert config.model == tiny_valley
     assert config.served_name == tiny_valley.name
     assert config.allow_roots == (tiny_valley.parent / "runs",)
+
+
+def test_other_weights_settings_or_adapters_are_another_version(tiny_valley: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_valley, tmp_path / "tiny")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    args = {"model": str(folder), "adapters": {"mine": str(adapter)}}
+    seen = [_check(args)[0]]
+    assert _check(args)[0] == seen[0]
+    os.utime(folder / "model.safetensors", (1, 1))
+    seen.append(_check(args)[0])
+    with (folder / "processor_config.json").open("a") as file:
+        file.write("\n")
+    seen.append(_check(args)[0])
+    assert len({config.version_of(None) for config in seen}) == 3
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    seen.append(_check(args)[0])
+    assert seen[3].version_of(None) == seen[2].version_of(None)
+    assert len({config.version_of("mine") for config in seen}) == 4
+    with pytest.raises(ConfigError, match=r"adapters\.mine: no adapter_config\.json"):
+        _check({"model": str(folder), "adapters": {"mine": str(tmp_path)}})
 
 
 def test_every_serve_config_is_valid() -> None:
