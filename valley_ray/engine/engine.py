@@ -15,6 +15,8 @@ from valley_ray.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from valley_ray.engine.adapters import Adapter
+
 FinishReason = Literal["stop", "length"]
 
 MOST_LOGPROBS = 20
@@ -29,6 +31,8 @@ class Prompt:
     """L token ids; each visual block stands there as its placeholder tokens."""
     visual_tokens: "tuple[torch.Tensor, ...]" = ()
     """One [P + T, D] tensor per visual block: P pooled patch tokens, then one token per frame."""
+    adapter: "Adapter | None" = None
+    """What changes the model for this request alone; its visual tokens have to be the adapter's own too."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from valley_ray.engine.adapters import Adapter
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.engine.prefix import Keys, common_length, no_keys
@@ -28,6 +29,7 @@ class Request:
     keys: Keys
     """Content keys of the prompt; of the new tokens too once the request is over."""
     params: SamplingParams
+    adapter: Adapter | None = None
     token_ids: list[int] = field(default_factory=list)
     """New tokens."""
     row: int = -1

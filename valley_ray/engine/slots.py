@@ -18,10 +18,11 @@ import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
+from valley_ray.engine.adapters import Adapter, PassAdapters
 from valley_ray.engine.attention import Chunk, SlotPass
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams, TokenEvent
-from valley_ray.engine.prefix import ContentKeys
+from valley_ray.engine.prefix import ContentKeys, Keys
 from valley_ray.engine.rows import Request, Rows
 from valley_ray.engine.sampling import choose_tokens, logprobs_of
 from valley_ray.engine.shadow import shadow
@@ -91,6 +92,7 @@ class SlotEngine:
         self._max_prefill_tokens = max_prefill_tokens or _PREFILL_TOKENS.get(
             self._device.type, _PREFILL_TOKENS_ELSEWHERE
         )
+        self._adapters = PassAdapters(self._model, self._device)
         self._content_keys = ContentKeys(self._config.hidden_size, self._device)
         self._waiting: deque[Request] = deque()
         cache = SlotCache(num_layers=num_layers, num_rows=num_slots + num_kept_prompts, max_length=max_length)
@@ -131,8 +133,10 @@ class SlotEngine:
         assert not in_use, f"{request_id=} is already in use"
         input_ids = torch.tensor(prompt.input_ids, dtype=torch.int64, device=self._device)
         visual = [tokens.to(self._device, self._dtype) for tokens in prompt.visual_tokens]
-        embeds = self._core.embed(input_ids, visual)
-        self._waiting.append(Request(request_id, embeds, self._content_keys(embeds), params))
+        adapter = prompt.adapter
+        self._adapters.prepare(adapter)
+        embeds = (adapter or self._core).embed(input_ids, visual)
+        self._waiting.append(Request(request_id, embeds, self._keys(embeds, adapter), params, adapter))
         return request_id
 
     @torch.inference_mode()
@@ -199,27 +203,31 @@ class SlotEngine:
         """Logits [n, V] of the decoding requests, then of those whose prompt ends with its chunk."""
         positions = [one.num_cached for one in decoding]
         parts, all_positions, kept = [], list(positions), list(range(len(decoding)))
+        owners = [one.adapter for one in decoding]
         if decoding:
             last = torch.tensor([one.token_ids[-1] for one in decoding], device=self._device)
-            parts.append(self._embed_tokens(last))
+            parts.append(self._adapters.embed_tokens(last, self._embed_tokens(last), owners))
         for one, stop in chunks:
             assert one.embeds_LD is not None, "a prompt is kept until it is computed"
             parts.append(one.embeds_LD[one.num_cached : stop])
             all_positions += range(one.num_cached, stop)
+            owners += [one.adapter] * (stop - one.num_cached)
             if stop == one.prompt_length:
                 kept.append(len(all_positions) - 1)
         slot_pass = SlotPass(
             self._rows.cache, positions, [Chunk(one.row, one.num_cached, stop) for one, stop in chunks], self._device
         )
-        output = self._model(
-            inputs_embeds=torch.cat(parts)[None],
-            position_ids=torch.tensor([all_positions], device=self._device),
-            use_cache=False,
-            # A pass of unfinished prompts has no logits to keep; models want at least one position.
-            logits_to_keep=torch.tensor(kept or [0], device=self._device),
-            slot_pass=slot_pass,
-        )
-        logits: torch.Tensor = output.logits[0, : len(kept)]
+        # A pass of unfinished prompts has no logits to keep; models want at least one position.
+        kept = kept or [0]
+        with self._adapters.of_pass(owners, kept):
+            output = self._model(
+                inputs_embeds=torch.cat(parts)[None],
+                position_ids=torch.tensor([all_positions], device=self._device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, device=self._device),
+                slot_pass=slot_pass,
+            )
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def _emit(self, requests: list[Request], logits_NV: torch.Tensor) -> list[TokenEvent]:
@@ -252,8 +260,13 @@ class SlotEngine:
         num_new = request.num_cached - request.prompt_length
         if num_new > 0:
             ids = torch.tensor(request.token_ids[:num_new], device=self._device)
-            request.add_keys(self._content_keys(self._embed_tokens(ids)))
+            adapter = request.adapter
+            embeds = self._embed_tokens(ids) if adapter is None else adapter.embed_tokens(ids)
+            request.add_keys(self._keys(embeds, adapter))
         self._rows.release(request)
+
+    def _keys(self, embeds_LD: torch.Tensor, adapter: Adapter | None) -> Keys:
+        return self._adapters.salted(self._content_keys(embeds_LD), adapter)
 
 
 def _checked_num_layers(config: Any) -> int:

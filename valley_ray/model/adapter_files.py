@@ -7,7 +7,7 @@ D_in, D_out: a layer's widths; r: the rank.
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,17 @@ def check_fit(adapter: Adapter, shapes: dict[str, torch.Size]) -> None:
     ]
     if problems:
         raise CheckpointError(f"{adapter.folder}: {'; '.join(problems)}; the adapter does not fit its base model")
+
+
+def check_extras(folder: Path, extras: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless each of `extras` is a weight of the core, whose parameters are `known`."""
+    for name, tensor in extras.items():
+        if name not in known or tensor.shape != known[name].shape:
+            expected = list(known[name].shape) if name in known else "no such weight"
+            raise CheckpointError(
+                f"{folder / EXTRAS}: {name} has shape {list(tensor.shape)}, the model has {expected}; "
+                "the adapter is of another base model"
+            )
 
 
 def _odd_shapes(pairs: Pairs, shapes: dict[str, torch.Size]) -> Iterable[str]:

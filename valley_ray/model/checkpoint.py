@@ -96,13 +96,13 @@ def read_model_config(folder: Path) -> ValleyConfig:
     return _upstream_config(values, folder, None) if "mm_vision_tower" in values else _read_our_config(folder)
 
 
-def read_weight(folder: Path, name: str) -> torch.Tensor | None:
+def read_weight(folder: Path, name: str, *, allow_bin: bool = True) -> torch.Tensor | None:
     """The weight that we call `name` in a whole model's folder of either layout, mapped; None where it is not there.
 
     Raises:
-        CheckpointError: no weight files, or damaged ones.
+        CheckpointError: no weight files, damaged ones, or only pickles where `allow_bin` is off.
     """
-    state = read_weights(find_files(folder))
+    state = read_weights(find_files(folder, allow_bin=allow_bin))
     return state.get(name, state.get(their_name(name)))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from valley_ray.config import Config
 from valley_ray.errors import CheckpointError, ConfigError
-from valley_ray.model.adapter_files import EXTRAS, MAGNITUDE, Adapter, check_fit, read_adapter
+from valley_ray.model.adapter_files import EXTRAS, MAGNITUDE, Adapter, check_extras, check_fit, read_adapter
 from valley_ray.model.core import ValleyCore
 
 ADAPTER_NAME = "default"
@@ -85,7 +85,7 @@ def load_adapter(core: ValleyCore, folder: str | Path, *, allow_bin: bool = True
     adapter = read_adapter(Path(folder), allow_bin=allow_bin)
     layers = {name: module.weight.shape for name, module in _linear_layers(core).items()}
     check_fit(adapter, layers)
-    extras = _fitting_extras(core, adapter)
+    check_extras(adapter.folder, adapter.extras, dict(core.named_parameters()))
     _inject(core, _peft_config(adapter))
     modules = _lora_layers(core)
     for layer, pair in adapter.pairs.items():
@@ -93,7 +93,7 @@ def load_adapter(core: ValleyCore, folder: str | Path, *, allow_bin: bool = True
         modules[layer].lora_B[ADAPTER_NAME].weight.copy_(pair["B"])
         if MAGNITUDE in pair:
             modules[layer].lora_magnitude_vector[ADAPTER_NAME].weight.copy_(pair[MAGNITUDE])
-    for name, tensor in extras.items():
+    for name, tensor in adapter.extras.items():
         core.get_parameter(name).copy_(tensor)
 
 
@@ -204,18 +204,6 @@ def _extras(core: ValleyCore) -> dict[str, torch.Tensor]:
         for name, parameter in core.named_parameters()
         if parameter is table or not name.startswith("language_model.")
     }
-
-
-def _fitting_extras(core: ValleyCore, adapter: Adapter) -> dict[str, torch.Tensor]:
-    expected = dict(core.named_parameters())
-    for name, tensor in adapter.extras.items():
-        if name not in expected or tensor.shape != expected[name].shape:
-            known = list(expected[name].shape) if name in expected else "no such weight"
-            raise CheckpointError(
-                f"{adapter.folder / EXTRAS}: {name} has shape {list(tensor.shape)}, the model has {known}; "
-                "the adapter is of another base model"
-            )
-    return adapter.extras
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
