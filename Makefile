@@ -27,7 +27,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python jobs/quickstart.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow' --timeout 3000
