@@ -7,12 +7,13 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from valley_ray.errors import OverloadedError, UnavailableError, ValleyError
+from valley_ray.serve import metrics
 
 Value = TypeVar("Value")
 
@@ -51,11 +52,13 @@ def check_version(asked: str, own: str) -> None:
 class PullCache(Generic[Value]):
     """Least recently used values up to a number of bytes; callers of one missing key wait for one computation.
 
-    For one asyncio loop. A failure is handed to everybody who waited and is not kept.
+    For one asyncio loop. A failure is handed to everybody who waited and is not kept. `name` is what metrics call it.
     """
 
-    def __init__(self, max_bytes: int, size_of: Callable[[Value], int]) -> None:
-        self._max_bytes, self._size_of = max_bytes, size_of
+    def __init__(
+        self, max_bytes: int, size_of: Callable[[Value], int], *, name: Literal["sampler", "encoder", "decoder"]
+    ) -> None:
+        self._max_bytes, self._size_of, self._name = max_bytes, size_of, name
         self._values: OrderedDict[str, Value] = OrderedDict()
         self._num_bytes = 0
         self._pending: dict[str, asyncio.Task[Value]] = {}
@@ -66,9 +69,11 @@ class PullCache(Generic[Value]):
         """The value of `key`, computed where it is not kept."""
         if key in self._values:
             self.num_hits += 1
+            metrics.CACHE_LOOKUPS.add(cache=self._name, result="hit")
             self._values.move_to_end(key)
             return self._values[key]
         task = self._pending.get(key)
+        metrics.CACHE_LOOKUPS.add(cache=self._name, result="miss" if task is None else "joined")
         if task is None:
             self.num_misses += 1
             task = asyncio.ensure_future(self._compute(key, compute))
@@ -86,4 +91,5 @@ class PullCache(Generic[Value]):
         while self._num_bytes > self._max_bytes:
             _, dropped = self._values.popitem(last=False)
             self._num_bytes -= self._size_of(dropped)
+        metrics.CACHE_BYTES.set(self._num_bytes, cache=self._name)
         return value

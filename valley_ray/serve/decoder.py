@@ -1,9 +1,7 @@
 """LanguageDecoder: AnswerRequest → text deltas; the language model behind an engine. Pulls visual tokens on a miss."""
 
 import asyncio
-import logging
 import os
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -14,6 +12,8 @@ from valley_ray.answering import build_prompt, check_fit, complete_params, open_
 from valley_ray.engine.engine import FinishReason
 from valley_ray.engine.slots import SlotEngine
 from valley_ray.processor import ValleyProcessor
+from valley_ray.serve import metrics
+from valley_ray.serve.answer_watch import AnswerWatch
 from valley_ray.serve.calls import PullCache
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.encoder import RemoteEncoder, VisionEncoder, VisualTokenSource, open_model
@@ -21,8 +21,6 @@ from valley_ray.serve.engine_thread import EngineThread
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef, TokenLogprob
 from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.token_text import token_logprob
-
-logger = logging.getLogger(__name__)
 
 
 class LanguageDecoder:
@@ -45,27 +43,38 @@ class LanguageDecoder:
         self._default_sampling = config.sampling or self._processor.sampling
         self._max_length = config.max_length or self._processor.max_length
         engine = SlotEngine(model.core, num_slots=config.num_slots, max_length=self._max_length)
-        self._thread, self._num_stopped = EngineThread(engine), 0
-        self._cache: PullCache[torch.Tensor] = PullCache(config.decoder_cache_bytes, lambda tokens: tokens.nbytes)
+        self._thread, self._num_stopped = EngineThread(engine, _tell_load), 0
+        self._name = config.served_name
+        self._cache: PullCache[torch.Tensor] = PullCache(
+            config.decoder_cache_bytes, lambda tokens: tokens.nbytes, name="decoder"
+        )
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         """Deltas of one answer; a caller that stops reading frees the slot.
 
         Raises what looking at the media raises, ConversationError and PromptTooLongError; all before the first delta.
         """
-        started = time.monotonic()
-        looking = (self._look_at(media, wish) for media, wish in zip(request.media, request.frames, strict=True))
-        visual_tokens = await asyncio.gather(*looking)
-        looked = time.monotonic()
+        with AnswerWatch(self._name, request.sent_at) as watch:
+            async with aclosing(self._deltas(request, watch)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _deltas(self, request: AnswerRequest, watch: AnswerWatch) -> AsyncGenerator[AnswerDelta, None]:
+        looks = zip(request.media, request.frames, strict=True)
+        visual_tokens = await asyncio.gather(*(self._look_at(media, wish, watch) for media, wish in looks))
+        if request.media:
+            watch.has_media()
         prompt = build_prompt(self._processor, request.conversation, visual_tokens)
         fit_into = self._max_length if request.fit_max_tokens else None
         params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
         stream = open_text_stream(self._processor, params, request.stop)
         text, num_tokens, logprobs = "", 0, list[TokenLogprob]()
         before: int | None = None
+        watch.asks_engine()
         async with aclosing(self._thread.generate(prompt, params)) as events:
             async for event in events:
                 num_tokens += 1
+                watch.token(len(prompt.input_ids), event.num_cached_tokens)
                 text += stream.push(event)
                 if event.logprob is not None and event.token_id not in params.stop_token_ids:
                     logprobs.append(token_logprob(self._processor, event, before))
@@ -73,25 +82,20 @@ class LanguageDecoder:
                 reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
                 if reason is not None or (request.stream and text):
                     counts = len(prompt.input_ids), num_tokens
-                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens)
+                    timings = None if reason is None else watch.ends(reason)
+                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens, timings)
                     text, logprobs = "", []
                 if stream.stopped:
                     self._num_stopped += event.finish_reason is None
                     break
-        logger.info(
-            "request %s: %d prompt tokens, %d new, media %.3f s, answer %.3f s",
-            request.request_id,
-            len(prompt.input_ids),
-            num_tokens,
-            looked - started,
-            time.monotonic() - looked,
-        )
 
-    async def _look_at(self, media: MediaRef, wish: FrameWish) -> torch.Tensor:
+    async def _look_at(self, media: MediaRef, wish: FrameWish, watch: AnswerWatch) -> torch.Tensor:
         sampling = wish.over(self._default_sampling)
 
         async def pull() -> torch.Tensor:
-            return await self._encoder.visual_tokens(media, sampling, self._version)
+            encoded = await self._encoder.visual_tokens(media, sampling, self._version)
+            watch.pulled(encoded.decode_seconds, encoded.encode_seconds)
+            return encoded.tokens
 
         return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{self._version}", pull)
 
@@ -119,3 +123,8 @@ class LanguageDecoder:
 
     def __del__(self) -> None:
         self._thread.close()
+
+
+def _tell_load(running: int, waiting: int) -> None:
+    metrics.RUNNING_REQUESTS.set(running)
+    metrics.WAITING_REQUESTS.set(waiting)

@@ -1,6 +1,8 @@
 """VisionEncoder: MediaRef → visual tokens [P + T, D]; tower and projector of the model. Asked by decoders on a miss."""
 
 import asyncio
+import time
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -11,16 +13,29 @@ from valley_ray.answering import check_fit, encode_visual_tokens, load_model
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
+from valley_ray.serve import metrics
 from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
 from valley_ray.serve.sampler import Frames, FrameSource, RemoteSampler
 
 
+@dataclass(frozen=True)
+class EncodedMedia:
+    """Visual tokens of one clip or image, and what they cost this request; None where a cache had what was needed, or
+    another request was getting it."""
+
+    tokens: torch.Tensor
+    """[P + T, D], on the CPU."""
+    decode_seconds: float | None = None
+    encode_seconds: float | None = None
+    """Waiting for the batch included."""
+
+
 class VisualTokenSource(Protocol):
     """Who a decoder asks: a VisionEncoder in its process, or the deployment."""
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
         """As `VisionEncoder.visual_tokens`."""
 
 
@@ -45,24 +60,34 @@ class VisionEncoder:
         check_fit(self._model.config, self._processor)
         self._sampler = RemoteSampler(sampler) if isinstance(sampler, DeploymentHandle) else sampler
         self._version = config.weights_version
-        self._cache: PullCache[torch.Tensor] = PullCache(config.encoder_cache_bytes, lambda tokens: tokens.nbytes)
+        self._cache: PullCache[torch.Tensor] = PullCache(
+            config.encoder_cache_bytes, lambda tokens: tokens.nbytes, name="encoder"
+        )
         self._num_encoded = 0
         self._encode.set_max_batch_size(config.encode_batch_size)
         self._encode.set_batch_wait_timeout_s(config.encode_wait_s)
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
         """[P + T, D] of one clip or image, on the CPU, made by the model `version`.
 
         Raises what the sampler raises; UnavailableError for another version.
         """
         check_version(version, self._version)
 
+        decode_seconds: float | None = None
+        encode_seconds: float | None = None
+
         async def pull() -> torch.Tensor:
-            frames = await self._sampler.frames(media, sampling, self._version)
-            tokens: torch.Tensor = await self._encode(frames)
+            nonlocal decode_seconds, encode_seconds
+            sampled = await self._sampler.frames(media, sampling, self._version)
+            began = time.monotonic()
+            tokens: torch.Tensor = await self._encode(sampled.frames)
+            decode_seconds, encode_seconds = sampled.decode_seconds, time.monotonic() - began
+            metrics.STAGE_SECONDS.observe(encode_seconds, stage="encode")
             return tokens
 
-        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{version}", pull)
+        tokens = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{version}", pull)
+        return EncodedMedia(tokens, decode_seconds, encode_seconds)
 
     @serve.batch
     async def _encode(self, clips: list[Frames]) -> list[torch.Tensor]:
@@ -89,11 +114,11 @@ class RemoteEncoder:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> torch.Tensor:
+    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
         """As `VisionEncoder.visual_tokens`; OverloadedError or UnavailableError where no replica can be asked."""
         with unwrapped():
-            tokens: torch.Tensor = await self._handle.visual_tokens.remote(media, sampling, version)
-        return tokens
+            encoded: EncodedMedia = await self._handle.visual_tokens.remote(media, sampling, version)
+        return encoded
 
 
 def open_model(

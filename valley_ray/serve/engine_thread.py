@@ -33,10 +33,15 @@ class _Caller:
 
 
 class EngineThread:
-    """Start with the engine; end with `close`. After a failed step it is `broken` and refuses further requests."""
+    """Start with the engine; end with `close`. After a failed step it is `broken` and refuses further requests.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    Args:
+        engine: from now on this thread's.
+        on_load: told (running, waiting) requests in this thread, at the start and when they change.
+    """
+
+    def __init__(self, engine: Engine, on_load: Callable[[int, int], None] = lambda running, waiting: None) -> None:
+        self._engine, self._on_load, self._load = engine, on_load, (-1, -1)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._callers: dict[str, _Caller] = {}
         self.broken: BaseException | None = None
@@ -74,9 +79,18 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
+        self._tell_load()
         while self._do_work(wait=self.broken is not None or not self._engine.num_unfinished):
             if self.broken is None and self._engine.num_unfinished:
                 self._step()
+            self._tell_load()
+
+    def _tell_load(self) -> None:
+        running = self._engine.num_running
+        load = running, self._engine.num_unfinished - running
+        if load != self._load:
+            self._load = load
+            self._on_load(*load)
 
     def _step(self) -> None:
         try:

@@ -1,6 +1,8 @@
 """FrameSampler: MediaRef → cropped frames, on CPUs, in a sandbox. Asked by encoders on a miss. Loads no torch."""
 
 import asyncio
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import Sandbox
 from valley_ray.processor import read_processor_config
+from valley_ray.serve import metrics
 from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
@@ -19,10 +22,19 @@ Frames = npt.NDArray[np.uint8]
 """uint8 [T, S, S, 3]."""
 
 
+@dataclass(frozen=True)
+class SampledFrames:
+    """Frames of one clip or image, and what they cost this request."""
+
+    frames: Frames
+    decode_seconds: float | None = None
+    """None: they were in the cache, or another request was getting them."""
+
+
 class FrameSource(Protocol):
     """Who an encoder asks: a FrameSampler in its process, or the deployment."""
 
-    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> Frames:
+    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> SampledFrames:
         """As `FrameSampler.frames`."""
 
 
@@ -35,9 +47,11 @@ class FrameSampler:
         decode = decode.model_copy(update={"max_frames": min(decode.max_frames, config.max_frames)})
         limits = config.sandbox.model_copy(update={"decode": decode})
         self._sandbox = Sandbox(limits=limits, backend=config.video_decoder)
-        self._cache: PullCache[Frames] = PullCache(config.sampler_cache_bytes, lambda frames: frames.nbytes)
+        self._cache: PullCache[Frames] = PullCache(
+            config.sampler_cache_bytes, lambda frames: frames.nbytes, name="sampler"
+        )
 
-    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> Frames:
+    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> SampledFrames:
         """Frames uint8 [T, S, S, 3] of one clip or image, cropped as the model `version` wants them.
 
         Raises MediaError subclasses and SamplingError as the sandbox does; UnavailableError for another version.
@@ -46,12 +60,19 @@ class FrameSampler:
         is_folder = media.path is not None and Path(media.path).is_dir()
         sampling, crop = self._processing.media_plan(media.kind, sampling, is_folder=is_folder)
 
+        decode_seconds: float | None = None
+
         async def decode() -> Frames:
+            nonlocal decode_seconds
             source = Path(media.path) if media.path is not None else await _bytes_of(media)
+            began = time.monotonic()
             frames = await asyncio.to_thread(self._sandbox.frames, source, sampling, crop=crop, name=media.name)
+            decode_seconds = time.monotonic() - began
+            metrics.STAGE_SECONDS.observe(decode_seconds, stage="decode")
             return frames.frames_THWC
 
-        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", decode)
+        frames = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}", decode)
+        return SampledFrames(frames, decode_seconds)
 
     def stats(self) -> dict[str, int]:
         """Counts since the replica started."""
@@ -77,8 +98,8 @@ class RemoteSampler:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> Frames:
+    async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> SampledFrames:
         """As `FrameSampler.frames`; OverloadedError or UnavailableError where no replica can be asked."""
         with unwrapped():
-            frames: Frames = await self._handle.frames.remote(media, sampling, version)
+            frames: SampledFrames = await self._handle.frames.remote(media, sampling, version)
         return frames

@@ -53,7 +53,7 @@ class Source:
 
 def test_callers_of_one_missing_key_share_one_computation() -> None:
     async def body() -> None:
-        cache, source = PullCache[bytes](100, len), Source()
+        cache, source = PullCache[bytes](100, len, name="decoder"), Source()
         values = await asyncio.gather(*(cache.get(key, lambda key=key: source.pull(key)) for key in "aabab"))
         assert values == [b"a", b"a", b"b", b"a", b"b"]
         assert source.asked == ["a", "b"]
@@ -65,7 +65,7 @@ def test_callers_of_one_missing_key_share_one_computation() -> None:
 
 def test_the_least_recently_used_goes_first_when_bytes_run_out() -> None:
     async def body() -> None:
-        cache, source = PullCache[bytes](6, len), Source()
+        cache, source = PullCache[bytes](6, len, name="decoder"), Source()
         for key in ("aa", "bb", "cc", "aa", "dd", "aa", "bb"):
             await cache.get(key, lambda key=key: source.pull(key))
         assert source.asked == ["aa", "bb", "cc", "dd", "bb"]
@@ -79,7 +79,7 @@ def test_the_least_recently_used_goes_first_when_bytes_run_out() -> None:
 
 def test_a_failure_reaches_everybody_and_is_not_kept() -> None:
     async def body() -> None:
-        cache, source = PullCache[bytes](100, len), Source()
+        cache, source = PullCache[bytes](100, len, name="decoder"), Source()
         both = [cache.get("bad", lambda: source.pull("bad")) for _ in range(2)]
         results = await asyncio.gather(*both, return_exceptions=True)
         assert [type(one) for one in results] == [NotMediaError, NotMediaError]
@@ -93,7 +93,7 @@ def test_a_failure_reaches_everybody_and_is_not_kept() -> None:
 
 def test_a_caller_that_gives_up_leaves_the_others_their_value() -> None:
     async def body() -> None:
-        cache, source = PullCache[bytes](100, len), Source()
+        cache, source = PullCache[bytes](100, len, name="decoder"), Source()
         first = asyncio.create_task(cache.get("a", lambda: source.pull("a")))
         await asyncio.sleep(0)
         second = asyncio.create_task(cache.get("a", lambda: source.pull("a")))

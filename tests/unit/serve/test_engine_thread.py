@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,28 @@ def test_a_caller_that_leaves_frees_its_slot(engine: SlotEngine) -> None:
         assert thread.num_abandoned == 1, "a request that ended was not abandoned"
 
     with_thread(engine, body)
+
+
+def test_the_load_is_told_when_it_changes(engine: SlotEngine) -> None:
+    loads: list[tuple[int, int]] = []
+    thread = EngineThread(engine, lambda running, waiting: loads.append((running, waiting)))
+
+    async def body() -> None:
+        await asyncio.gather(*(tokens(thread, prompt, 200) for prompt in PROMPTS))
+        async with aclosing(thread.generate(PROMPTS[0], SamplingParams(max_tokens=250))) as events:
+            await anext(events)
+        async with asyncio.timeout(2):
+            while loads[-1] != (0, 0):
+                await asyncio.sleep(0.01)
+
+    try:
+        asyncio.run(body())
+    finally:
+        thread.close()
+    assert loads[0] == (0, 0), "said before anybody asks"
+    assert (2, 1) in loads, "two slots and three prompts"
+    assert max(running for running, _ in loads) == 2
+    assert all(one != other for one, other in pairwise(loads)), "not at every step"
 
 
 def test_a_prompt_too_long_costs_its_caller_only(engine: SlotEngine) -> None:

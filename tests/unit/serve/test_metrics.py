@@ -30,10 +30,11 @@ def test_buckets_reach_from_milliseconds_to_minutes() -> None:
 
 
 def test_a_process_that_is_no_replica_records_nothing() -> None:
-    metrics.REQUESTS.add(endpoint="chat", outcome="answered")
-    metrics.RUNNING_REQUESTS.set(3)
-    metrics.REQUEST_SECONDS.observe(0.5, endpoint="chat", outcome="answered")
-    assert not any(metric._of_ray for metric in metrics.ALL)
+    counter, gauge, seconds = Counter("a_total", "A."), Gauge("a_requests", "A."), Histogram("a_seconds", "A.")
+    counter.add()
+    gauge.set(3)
+    seconds.observe(0.5)
+    assert not any(metric._of_ray for metric in (counter, gauge, seconds))
 
 
 def test_the_guide_lists_every_metric_with_its_labels() -> None:
