@@ -13,6 +13,7 @@ import ray
 from asked import make_records, record, settings, unanswered
 
 from valley_ray.errors import ConfigError
+from valley_ray.evaluate.answer_files import answer_sources
 from valley_ray.evaluate.answers import Work, answer
 from valley_ray.evaluate.evaluation import evaluate
 from valley_ray.evaluate.execution import answer_blocks
@@ -48,6 +49,25 @@ def test_an_evaluation_on_ray_answers_as_one_process_does(tiny_valley: Path, rec
     assert evaluate(config).summary["metrics"] == result.summary["metrics"]
     with pytest.raises(ConfigError, match="actor_gpus=1, Ray has 2 and 0"):
         evaluate(config.model_copy(update={"actor_gpus": 1.0, "output": tmp_path / "gpu"}))
+
+
+def test_a_data_set_is_answered_on_ray_and_what_is_lost_is_asked_again(
+    tiny_valley: Path, records: Path, tmp_path: Path
+) -> None:
+    here = answer(settings(records), tiny_valley, tmp_path / "here", on_ray=False)
+    config = settings(records, model=tiny_valley, output=tmp_path / "out", shards_dir=here.shards_dir)
+    summary = answer_sources(config)
+    assert (summary.rows_in, summary.ok, summary.failed, summary.asked) == (12, 9, 3, 11)
+    parquet, lines = (tmp_path / "out" / f"answers.{ending}" for ending in ("parquet", "jsonl"))
+    assert pq.read_table(parquet)["answer"].to_pylist() == here.table["prediction"].to_pylist()
+    before = lines.read_bytes()
+    [ledger, *_] = sorted((tmp_path / "out" / "answers").glob("*/*.jsonl"))
+    num_lost = len(ledger.read_bytes().splitlines())
+    ledger.unlink()
+    lines.unlink()
+    again = answer_sources(config)
+    assert (again.rows_in, again.asked, again.repeated_rows) == (12, num_lost, 0)
+    assert lines.read_bytes() == before
 
 
 @pytest.mark.slow

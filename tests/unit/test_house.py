@@ -91,12 +91,13 @@ def test_every_serve_config_is_valid() -> None:
 def test_every_job_config_is_valid() -> None:
     from valley_ray.data.config import PipelineConfig, PrepareConfig
     from valley_ray.data.download.config import DownloadConfig
-    from valley_ray.evaluate.config import EvaluationConfig
+    from valley_ray.evaluate.config import AnswerSettings, EvaluationConfig
     from valley_ray.train.config import TrainConfig
 
     paths = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
     for path in paths:
-        others = {"download.yaml": DownloadConfig, "prepare.yaml": PrepareConfig, "evaluate.yaml": EvaluationConfig}
+        others = {"download.yaml": DownloadConfig, "prepare.yaml": PrepareConfig}
+        others |= {"answer.yaml": AnswerSettings, "evaluate.yaml": EvaluationConfig}
         if path.name in others:
             load_config(others[path.name], path)
             continue

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from valley_ray.data.sources import open_source
 from valley_ray.errors import CheckpointError, ConfigError, DataError
 from valley_ray.evaluate.answers import ANSWERS_DIR, AnswerSet, answer
+from valley_ray.evaluate.check import check_answers, check_sources
 from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.evaluate.metrics import COLUMNS
 from valley_ray.evaluate.predictions import (
@@ -81,26 +81,15 @@ def check_evaluation(settings: EvaluationConfig) -> None:
     Raises:
         ConfigError: model or output are missing.
         CheckpointError: a model folder that is none.
-        DataError: a source that is not there, or whose format cannot be told.
+        DataError: a source that is not there or whose format cannot be told, or clips that nobody asks about.
     """
-    if settings.model is None or settings.output is None:
-        raise ConfigError("an evaluation alone needs model and output; set model=FOLDER output=FOLDER")
-    check_model(settings.model)
+    check_answers(settings, what="an evaluation alone")
     check_split(settings)
-
-
-def check_model(folder: Path) -> None:
-    """Raise CheckpointError where `folder` holds no model."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"model={str(folder)!r} is no model folder (no config.json in it); make or copy one there"
-        )
 
 
 def check_split(settings: EvaluationConfig) -> None:
     """The same for an evaluation while training, which has the training's model and output."""
-    for source in settings.under(Path.cwd()).sources:
-        open_source(source)
+    check_sources(settings)
     if settings.bertscore_model is not None and not (settings.bertscore_model / "config.json").is_file():
         raise CheckpointError(f"bertscore_model={str(settings.bertscore_model)!r} is no model folder")
 

@@ -1,10 +1,11 @@
-"""What jobs/evaluate.py works on where it is told nothing: generated held-out clips, and a nano model."""
+"""What jobs/evaluate.py and jobs/answer.py work on where they are told nothing: generated clips, and a nano model."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from valley_ray.evaluate.config import EvaluationConfig
-from valley_ray.evaluate.evaluation import check_model
+from valley_ray.evaluate.check import check_model
+from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.nano.backbones import NanoConfig, make_backbones
 from valley_ray.nano.make import WorldConfig, make_clips
 
@@ -13,7 +14,10 @@ WORLD = WorldConfig(num_train=1, num_train_harder=0, num_held_out=64, num_held_o
 MODEL, STAND_INS = "models/nano", ("models/nano-finetuned", "runs/nano/backbones")
 
 
-def make_generated(settings: EvaluationConfig, root: Path, *, say: Callable[[str], None]) -> EvaluationConfig:
+SettingsT = TypeVar("SettingsT", bound=AnswerSettings)
+
+
+def make_generated(settings: SettingsT, root: Path, *, say: Callable[[str], None]) -> SettingsT:
     """Make the clips below `root` where they are missing, and name a model that is there where the default is not.
 
     `say` gets a line for what takes time or differs from what was asked for. Raises CheckpointError for another model
@@ -28,5 +32,5 @@ def make_generated(settings: EvaluationConfig, root: Path, *, say: Callable[[str
     if not (found / "config.json").is_file():
         say(f"training the backbones in {found} (about a minute)")
         make_backbones(found, NanoConfig())
-    say(f"{MODEL} is not there (make quickstart trains it): evaluating {found} instead")
+    say(f"{MODEL} is not there (make quickstart trains it): asking {found} instead")
     return settings.model_copy(update={"model": found})

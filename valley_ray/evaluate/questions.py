@@ -16,6 +16,7 @@ from valley_ray.data.schema import FAILED, PENDING
 from valley_ray.data.sources import CatalogSummary
 from valley_ray.data.sources.files import last_part
 from valley_ray.errors import ConversationError, DataError
+from valley_ray.evaluate.check import NOBODY_ASKS
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.evaluate.kinds import Kinds, kind_of
 
@@ -63,7 +64,7 @@ def read_questions(
     parts.append(pa.Table.from_pylist(batch, schema=QUESTIONS_SCHEMA))
     table = pa.concat_tables(parts)
     if not table.num_rows:
-        raise DataError("nobody asks about the clips of the sources; set question, or name a file of records")
+        raise DataError(NOBODY_ASKS)
     return table
 
 
