@@ -43,8 +43,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_valley(folder: Path, *, seed: int = 0) -> Path:
-    """Write a model folder with random weights; the same seed gives the same bytes."""
+def make_tiny_valley(folder: Path, *, seed: int = 0, head_dim: int = 8) -> Path:
+    """Write a model folder with random weights; the same seed gives the same bytes. vLLM serves heads from 32 on."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer()
@@ -66,6 +66,7 @@ def make_tiny_valley(folder: Path, *, seed: int = 0) -> Path:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
+                head_dim=head_dim,
                 max_position_embeddings=512,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

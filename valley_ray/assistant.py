@@ -8,7 +8,6 @@ T frames, P patch tokens, D hidden width of the language model.
 """
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,20 @@ from valley_ray.answering import (
     build_prompt,
     check_fit,
     complete_params,
-    encode_visual_tokens,
     load_model,
     open_text_stream,
 )
 from valley_ray.chat.conversation import Conversation, MediaPart, from_openai
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams
-from valley_ray.engine.slots import SlotEngine
+from valley_ray.engine.open import EngineKind, VllmSettings, check_engine, open_engine
 from valley_ray.errors import ConversationError, ValleyError
-from valley_ray.fetch import FetchPolicy, fetch, media_key
+from valley_ray.fetch import FetchPolicy
+from valley_ray.looking import Eyes
 from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
-from valley_ray.media.sandbox import Sandbox, SandboxLimits
+from valley_ray.media.sandbox import SandboxLimits
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
-
-_NUM_KEPT_MEDIA = 64
-"""Visual tokens kept for further questions about the same media."""
-
 
 Locator = str | Path
 """A path, or what else `fetch` knows (data: URIs)."""
@@ -100,7 +95,10 @@ class Answer:
 
 
 class Assistant:
-    """One model in this process. Use as a context manager, or call `close`: decoding runs in a child process."""
+    """One model in this process. Use as a context manager, or call `close`: decoding runs in a child process.
+
+    An engine that is not the house's own runs in another.
+    """
 
     def __init__(
         self,
@@ -111,14 +109,15 @@ class Assistant:
         policy: FetchPolicy | None = None,
         sandbox_limits: SandboxLimits | None = None,
         decoder: Backend = "pyav",
+        engine: EngineKind = "slots",
+        vllm: VllmSettings | None = None,
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        self._engine = SlotEngine(model.core, num_slots=num_slots, max_length=processor.max_length)
+        self._engine = open_engine(
+            engine, model.core, num_slots=num_slots, max_length=processor.max_length, vllm=vllm, keep_weights=False
+        )
         self._num_slots = num_slots
-        self._policy = policy or FetchPolicy()
-        self._sandbox_limits, self._decoder = sandbox_limits or SandboxLimits(), decoder
-        self._sandbox: Sandbox | None = None
-        self._visual_tokens: OrderedDict[tuple[str, ...], torch.Tensor] = OrderedDict()
+        self._eyes = Eyes(model, processor, policy=policy, sandbox_limits=sandbox_limits, decoder=decoder)
 
     @classmethod
     def from_pretrained(
@@ -134,6 +133,8 @@ class Assistant:
         policy: FetchPolicy | None = None,
         sandbox_limits: SandboxLimits | None = None,
         decoder: Backend = "pyav",
+        engine: EngineKind = "slots",
+        vllm: VllmSettings | None = None,
     ) -> Self:
         """Open a model folder, one of upstream's released layout included.
 
@@ -148,15 +149,27 @@ class Assistant:
             policy: what may be read; None means local files and data: URIs.
             sandbox_limits: time and memory that decoding one file may take.
             decoder: reader of videos; "decord" gives upstream's pixels, with its faults.
+            engine: what makes the tokens; "vllm" is an extra, and leaves `model` without a language model.
+            vllm: settings of that engine.
 
         Raises:
             CheckpointError: the folder cannot be opened.
-            ConfigError: a setting that there is not.
+            ConfigError: a setting that there is not, or an engine that is not installed.
         """
+        check_engine(engine)
         model = load_model(folder, device=device, dtype=dtype, splice=splice, base=base)
         processor = ValleyProcessor.from_pretrained(folder if base is None else base, settings=settings)
         check_fit(model.config, processor)
-        return cls(model, processor, num_slots=num_slots, policy=policy, sandbox_limits=sandbox_limits, decoder=decoder)
+        return cls(
+            model,
+            processor,
+            num_slots=num_slots,
+            policy=policy,
+            sandbox_limits=sandbox_limits,
+            decoder=decoder,
+            engine=engine,
+            vllm=vllm,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -165,10 +178,9 @@ class Assistant:
         self.close()
 
     def close(self) -> None:
-        """End the decoding child, where one was started."""
-        if self._sandbox is not None:
-            self._sandbox.close()
-            self._sandbox = None
+        """End the decoding child, where one was started, and the engine's process, where it has one."""
+        self._eyes.close()
+        self._engine.close()
 
     def ask(
         self,
@@ -262,25 +274,9 @@ class Assistant:
 
     def _prepare(self, ask: AskInput) -> tuple[Prompt, SamplingParams]:
         conversation, media = ask.conversation()
-        prompt = build_prompt(self.processor, conversation, [self._look_at(part, ask.sampling) for part in media])
+        prompt = build_prompt(self.processor, conversation, [self._eyes.look_at(part, ask.sampling) for part in media])
         fit_into = self._engine.max_length if ask.params is None else None
         return prompt, complete_params(self.processor, ask.params or SamplingParams(), prompt, fit_into=fit_into)
-
-    def _look_at(self, part: MediaPart, sampling: FrameSampling | None) -> torch.Tensor:
-        """[P + T, D] of one video or image, kept for the next question about it."""
-        fetched = fetch(part.url, self._policy)
-        is_folder = isinstance(fetched.source, Path) and fetched.source.is_dir()
-        sampling, crop = self.processor.config.media_plan(part.kind, sampling, is_folder=is_folder)
-        key = (media_key(fetched), part.kind, sampling.key)
-        if key not in self._visual_tokens:
-            if self._sandbox is None:
-                self._sandbox = Sandbox(limits=self._sandbox_limits, backend=self._decoder)
-            frames = self._sandbox.frames(fetched.source, sampling, crop=crop, name=fetched.name)
-            self._visual_tokens[key] = encode_visual_tokens(self.model, self.processor, [frames.frames_THWC])[0]
-            if len(self._visual_tokens) > _NUM_KEPT_MEDIA:
-                self._visual_tokens.popitem(last=False)
-        self._visual_tokens.move_to_end(key)
-        return self._visual_tokens[key]
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _write(
     license_name: str | None,
 ) -> None:
     check_fit(model.config, processor)
-    with _whole_folder(output) as folder:
+    with whole_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(folder)
         card = model_card(model, processor, name=output.name, origin=origin, license_name=license_name)
@@ -231,7 +231,7 @@ def _license_of(source: Path) -> str | None:
 
 
 @contextmanager
-def _whole_folder(output: Path) -> Iterator[Path]:
+def whole_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when all is written, and vanishes otherwise."""
     partial: Path | None = None
     try:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import valley_ray
-from valley_ray.cli import ask, chat, convert_config, doctor, serve, weights
+from valley_ray.cli import ask, chat, convert_config, doctor, export, serve, weights
 from valley_ray.cli.arguments import Parser
 from valley_ray.errors import ValleyError
 
@@ -37,6 +37,6 @@ def build_parser() -> Parser:
     parser = Parser(prog="valley-ray", description="Valley, the video assistant, on Ray.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"valley-ray {valley_ray.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ask, chat, serve, weights, convert_config, doctor):
+    for command in (ask, chat, serve, weights, export, convert_config, doctor):
         command.add_to(commands)
     return parser

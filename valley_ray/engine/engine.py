@@ -110,6 +110,9 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None:
         """Free the request's place; no further event comes. An unknown or finished id is ignored."""
 
+    def close(self) -> None:
+        """Give back what the engine holds beside this process's memory; it is not used afterwards."""
+
     @property
     def num_unfinished(self) -> int:
         """Requests waiting or running."""

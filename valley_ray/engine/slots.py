@@ -19,6 +19,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from valley_ray.engine.adapters import Adapter, PassAdapters
+from valley_ray.engine.admission import check_fits, check_max_length
 from valley_ray.engine.attention import Chunk, SlotPass
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams, TokenEvent
@@ -26,7 +27,7 @@ from valley_ray.engine.prefix import ContentKeys, Keys
 from valley_ray.engine.rows import Request, Rows
 from valley_ray.engine.sampling import choose_tokens, logprobs_of
 from valley_ray.engine.shadow import shadow
-from valley_ray.errors import ConfigError, PromptTooLongError
+from valley_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,7 @@ class SlotEngine:
         """
         self._core = core
         self._config: Any = core.language_model.config.get_text_config(decoder=True)
-        context = getattr(self._config, "max_position_embeddings", None) or max_length
-        if max_length > context:
-            raise ConfigError(f"max_length={max_length} is over the model's context of {context}; lower it")
+        check_max_length(self._config, max_length)
         if num_slots < 1 or num_kept_prompts < 0 or (max_prefill_tokens is not None and max_prefill_tokens < 1):
             raise ConfigError(f"expected at least one slot, got {num_slots=} {max_prefill_tokens=} {num_kept_prompts=}")
         self.max_length = max_length
@@ -120,14 +119,7 @@ class SlotEngine:
         Raises PromptTooLongError where prompt + max_tokens exceed `max_length`, and what the core's `embed` raises
         where visual tokens and placeholders differ.
         """
-        needed = len(prompt.input_ids) + params.max_tokens
-        if needed > self.max_length:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt.input_ids)} tokens and max_tokens={params.max_tokens}, together more than "
-                f"the {self.max_length} that fit; ask shorter, take fewer frames or lower max_tokens"
-            )
-        assert prompt.input_ids, "a prompt has at least one token"
-        assert params.max_tokens > 0, "a request makes at least one token"
+        check_fits(prompt, params, self.max_length)
         request_id = request_id or uuid4().hex
         in_use = any(one.request_id == request_id for one in (*self._rows.running(), *self._waiting))
         assert not in_use, f"{request_id=} is already in use"
@@ -146,6 +138,9 @@ class SlotEngine:
         for one in self._rows.running():
             if one.request_id == request_id:
                 self._release(one)
+
+    def close(self) -> None:
+        """Nothing: the cache goes with the engine."""
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
