@@ -18,11 +18,12 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from valley_ray.config import validate_config
+from valley_ray.engine.open import check_engine
 from valley_ray.errors import ConfigError, PortInUseError, UnavailableError, ValleyError
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
 from valley_ray.serve.encoder import VisionEncoder
-from valley_ray.serve.ingress import Ingress
+from valley_ray.serve.ingress import Ingress, listening_host
 from valley_ray.serve.keys import Keys, check_exposure, read_keys
 from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.weights_version import weights_version
@@ -52,6 +53,8 @@ def build(args: ServeConfig | Mapping[str, Any]) -> serve.Application:
         return serve.deployment(kind, **getattr(config, size).options(kind.__name__, router=router))
 
     if config.shape == "colocated":
+        for ignored in {"encoder", "sampler"} & config.model_fields_set:
+            logger.warning("%s sizes nothing where shape is colocated; leave it out, size the decoder", ignored)
         decoder = deployment(LanguageDecoder, "decoder").bind(config)
     else:
         sampler = deployment(FrameSampler, "sampler").bind(config)
@@ -65,7 +68,11 @@ def _check(args: ServeConfig | Mapping[str, Any]) -> tuple[ServeConfig, Keys]:
     try:
         config = args if isinstance(args, ServeConfig) else validate_config(ServeConfig, args, source="args")
         _check_folder(config)
+        _check_adapters(config)
+        check_engine(config.engine)
         keys = read_keys(config.api_keys_file)
+        # `serve run` and `serve deploy` build where Serve runs. The ingress looks again: others build before that.
+        check_exposure(listening_host() or "localhost", keys, allow_no_keys=config.allow_no_keys)
         versions = _versions(config)
     except ValleyError as error:
         raise BuildError(str(error)) from None

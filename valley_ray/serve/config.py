@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from valley_ray.config import Config, apply_overrides, read_yaml, validate_config
+from valley_ray.engine.open import EngineKind, VllmSettings
 from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.media.sandbox import SandboxLimits
@@ -72,6 +73,10 @@ class ServeConfig(Config):
     max_choices: int = Field(default=8, ge=1)
     """Most answers that one request may ask for with `n`."""
 
+    engine: EngineKind = "slots"
+    """What makes the tokens: slots, the house's own, or vllm, an extra for GPUs and many requests at once."""
+    vllm: VllmSettings | None = None
+    """Settings of the engine vllm; None: its defaults."""
     num_slots: int = Field(default=16, ge=1)
     """Requests that one decoder advances together."""
     max_length: int | None = Field(default=None, ge=2)

@@ -20,7 +20,7 @@ class Ingress:
     """One HTTP front; replicas share nothing."""
 
     def __init__(self, config: ServeConfig, decoder: DeploymentHandle, keys: Keys) -> None:
-        check_exposure(_listening_host(), keys, allow_no_keys=config.allow_no_keys)
+        check_exposure(listening_host() or "0.0.0.0", keys, allow_no_keys=config.allow_no_keys)
         self._config, self._keys, self._decoder = config, keys, decoder.options(stream=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -37,7 +37,11 @@ class Ingress:
                 deltas.cancel()
 
 
-def _listening_host() -> str:
-    """The address that Serve's proxies listen on; a YAML names it where the application cannot see it."""
-    host: str | None = get_serve_client().http_config.host
+def listening_host() -> str | None:
+    """The address that Serve's proxies listen on, which the file's `http_options` or Serve itself named; None where
+    Serve does not run yet."""
+    client = get_serve_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    if client is None:
+        return None
+    host: str | None = client.http_config.host
     return host or "0.0.0.0"

@@ -95,7 +95,7 @@ def check_exposure(host: str, keys: Keys, *, allow_no_keys: bool) -> None:
         return
     raise ConfigError(
         f"listening on {host} without API keys would answer anybody in the network: set api_keys_file or "
-        f"${KEYS_VARIABLE}, listen on 127.0.0.1, or say allow_no_keys: true"
+        f"${KEYS_VARIABLE}, listen on 127.0.0.1 (http_options.host), or say allow_no_keys: true"
     )
 
 
