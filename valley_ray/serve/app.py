@@ -85,9 +85,6 @@ def _check(args: ServeConfig | Mapping[str, Any]) -> tuple[ServeConfig, Keys]:
 
 def _versions(config: ServeConfig) -> dict[str, Any]:
     """Computed once: replicas that start at different times must agree on what they have."""
-    for name, folder in config.adapters.items():
-        if not (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"adapters.{name}: no adapter_config.json in {folder}; name a folder that training wrote")
     adapters = {name: weights_version(folder) for name, folder in config.adapters.items()}
     return {"weights_version": weights_version(config.model), "adapter_versions": adapters}
 
@@ -106,6 +103,22 @@ def _check_folder(config: ServeConfig) -> None:
             f"{config.model} has no {stem}*.safetensors, and a crafted pickle (.bin) may run code: set allow_bin: true "
             "if you trust the folder, or write it anew with `valley-ray convert`"
         )
+
+
+def _check_adapters(config: ServeConfig) -> None:
+    """Whether they fit the model is seen by the decoders, which have its weights."""
+    for name, folder in config.adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"adapters.{name}: no adapter_config.json in {folder}; name a folder that training wrote")
+        if (folder / "config.json").is_file():
+            raise ConfigError(
+                f"adapters.{name}: {folder} is a whole model; serve it as `model`, or name its adapter alone"
+            )
+        if not config.allow_bin and not any(folder.glob("adapter_model*.safetensors")):
+            raise ConfigError(
+                f"adapters.{name}: {folder} has no adapter_model*.safetensors, and a crafted pickle (.bin) may run "
+                "code: set allow_bin: true if you trust the folder"
+            )
 
 
 @dataclass(frozen=True)
