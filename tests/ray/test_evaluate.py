@@ -17,7 +17,7 @@ from valley_ray.evaluate.answer_files import answer_sources
 from valley_ray.evaluate.answers import Work, answer
 from valley_ray.evaluate.evaluation import evaluate
 from valley_ray.evaluate.execution import answer_blocks
-from valley_ray.evaluate.ledger import Answer, read_table
+from valley_ray.evaluate.ledger import Answer, read_batches
 from valley_ray.evaluate.stages import AnswerStage
 
 pytestmark = pytest.mark.ray
@@ -95,7 +95,7 @@ def test_a_question_that_kills_its_worker_costs_that_row_alone(
     keys, blocks = work.plan(unanswered(before.table))
     statuses = list(answer_blocks(blocks, work.look, work.answer_arguments, config, stage=DyingStage))
     assert sum(map(len, statuses)) == 5
-    found = {answer["key"]: answer for answer in read_table(work.directory).to_pylist()}
+    found = {answer["key"]: answer for batch in read_batches(work.directory) for answer in batch.to_pylist()}
     for key, row in zip(keys, before.table.to_pylist(), strict=True):
         if row["sample_id"] == "killer":
             assert found[key]["error_class"] == "answer_worker_died"

@@ -5,8 +5,9 @@ What nobody looks at is not read, and the system may drop what was.
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 MAPPED_PATTERN = ".mapped-*.tmp"
 """Files that a process leaves which is killed before it has mapped them."""
+_ROWS_AT_ONCE = 4096
 
 
 def mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema, directory: Path) -> pa.Table:
@@ -30,6 +32,29 @@ def mapped(batches: Iterable[pa.RecordBatch], schema: pa.Schema, directory: Path
                 writer.write_table(pa.Table.from_batches([batch]).cast(schema))
         with pa.memory_map(file.name) as source:
             return pa.ipc.open_file(source).read_all()
+
+
+class TableRows(Sequence[dict[str, Any]]):
+    """The rows of a table as dicts, each made when it is looked at: going through them holds a few thousand."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, place: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        places = range(len(self))[place]
+        rows: list[dict[str, Any]] = pick(self.table, [places] if isinstance(places, int) else places).to_pylist()
+        return rows[0] if isinstance(place, int) else rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
 
 
 def pick(table: pa.Table, rows: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:

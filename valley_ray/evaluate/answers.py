@@ -1,6 +1,6 @@
 """Sources of questions → an answer to each, every row accounted for: the room of batch answers.
 
-    catalog/             what the sources hold
+    catalog/             what the sources hold, and while a run lasts, its questions and answers
     shards/              decoded clips, where no other folder of shards is named
     answers/ID/*.jsonl   the ledger: a line per answer as it comes (ledger.py); ID names model and settings
 
@@ -25,16 +25,19 @@ import pyarrow.compute as pc
 from valley_ray.data.commit import exclusive
 from valley_ray.data.decoding import decode_stage
 from valley_ray.data.journal import remove_journals
+from valley_ray.data.mapped import mapped, pick
 from valley_ray.data.metrics import DecodeProgress
+from valley_ray.data.outcomes import Outcomes
 from valley_ray.data.schema import FAILED, OK, PENDING
 from valley_ray.data.sources import read_catalog, write_catalog
 from valley_ray.data.stages import BLOCK_SCHEMA
-from valley_ray.data.windows import Outcome, known_outcomes, remove_leftovers
-from valley_ray.errors import CheckpointError
+from valley_ray.data.windows import known_outcomes, remove_leftovers
+from valley_ray.errors import DataError
+from valley_ray.evaluate.check import NOBODY_ASKS, check_model
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.evaluate.kinds import read_kinds
-from valley_ray.evaluate.ledger import CLIPS_TYPE, read_status, read_table
-from valley_ray.evaluate.questions import QUESTIONS_SCHEMA, read_questions
+from valley_ray.evaluate.ledger import CLIPS_TYPE, LEDGER_SCHEMA, read_batches, read_status
+from valley_ray.evaluate.questions import BATCH_ROWS, QUESTIONS_SCHEMA, read_questions
 from valley_ray.evaluate.stages import TASK_SCHEMA, AnswerStage, LookStage, place_of
 
 if TYPE_CHECKING:
@@ -55,21 +58,20 @@ ANSWERS_SCHEMA = pa.schema(
 """answers: the questions with what came of them. status: ok or failed; prediction is null where it is failed. clips:
 where the frames lie that were shown."""
 
-_BATCH_ROWS = 4096
-"""Rows that are Python objects at a time."""
-
 Statuses = Sequence[dict[str, Any]]
 """Rows of STATUS_SCHEMA."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSet:
-    """All rows of the sources with what came of them; `rows_in` = `ok` + `failed` always."""
+    """All rows of the sources with what came of them; `rows_in` = `ok` + `failed` always. Tables lie on disk."""
 
     table: pa.Table
     """ANSWERS_SCHEMA, in the order of the sources."""
     clips: pa.Table
     """CLIPS_SCHEMA: the clips that the sources name."""
+    catalog_dir: Path
+    """Where tables of this run may lie too."""
     shards_dir: Path
     num_answered: int
     """Rows that this run worked on; the others were there, or could not be asked."""
@@ -83,12 +85,12 @@ class AnswerSet:
     @property
     def by_status(self) -> Counter[str]:
         """Rows by status."""
-        return Counter(self.table["status"].to_pylist())
+        return _counts(self.table["status"])
 
     @property
     def by_error_class(self) -> Counter[str]:
         """Failed rows by class."""
-        return Counter(name for name in self.table["error_class"].to_pylist() if name)
+        return Counter({name: number for name, number in _counts(self.table["error_class"]).items() if name})
 
 
 def answer(
@@ -111,14 +113,16 @@ def answer(
     """
     start = time.perf_counter()
     settings, model, output = settings.under(Path.cwd()), model.absolute(), output.absolute()
-    shards_dir = settings.shards_dir or output / SHARDS_DIR
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"model={str(model)!r} is no model folder (no config.json in it); check the path")
+    shards_dir, catalog_dir = settings.shards_dir or output / SHARDS_DIR, output / CATALOG_DIR
+    check_model(model)
     with exclusive(output, setting="output"), exclusive(shards_dir, setting="shards_dir"):
-        summary = write_catalog(settings.sources, output / CATALOG_DIR)
-        clips, samples = read_catalog(output / CATALOG_DIR)
+        summary = write_catalog(settings.sources, catalog_dir)
+        clips, samples = read_catalog(catalog_dir)
         kinds = read_kinds(settings.sources, summary)
-        questions = read_questions(clips, samples, settings, summary=summary, kinds=kinds)
+        asked = read_questions(clips, samples, settings, summary=summary, kinds=kinds)
+        questions = mapped(asked, QUESTIONS_SCHEMA, catalog_dir)
+        if not questions.num_rows:
+            raise DataError(NOBODY_ASKS)
         work = Work(settings, model, shards_dir, output, clips)
         keys, blocks = work.plan(questions)
         num_asked = sum(block.num_rows for block in blocks)
@@ -127,8 +131,12 @@ def answer(
             for statuses in work.on_ray(blocks) if on_ray else work.here(blocks):
                 if progress is not None:
                     progress.count(statuses)
-        table = _joined(questions, keys, read_table(work.directory))
-    return AnswerSet(table, clips, shards_dir, num_asked, time.perf_counter() - start)
+        answers = mapped(read_batches(work.directory), LEDGER_SCHEMA, catalog_dir)
+        table = mapped(_joined(questions, keys, answers), ANSWERS_SCHEMA, catalog_dir)
+    answered = AnswerSet(table, clips, catalog_dir, shards_dir, num_asked, time.perf_counter() - start)
+    counts = answered.by_status
+    assert counts[OK] + counts[FAILED] == questions.num_rows, f"rows lost: {counts}"
+    return answered
 
 
 class Work:
@@ -145,12 +153,13 @@ class Work:
 
         processor = ValleyProcessor.from_pretrained(model)
         sampling = settings.sampling if settings.sampling is not None else processor.sampling
-        self._settings, self._clips = settings, clips
+        self._settings, self._clips = settings, _Clips(clips)
         self._again = uuid.uuid4().hex if settings.retry_failed else ""
         decode = decode_stage(settings, shards_dir, processing=processor.config, sampling=sampling, again=self._again)
         remove_leftovers(shards_dir)
-        known = known_outcomes(shards_dir, clips, decode.fingerprint)
-        self._known = {name: one for name, one in known.items() if one["status"] == OK} if self._again else known
+        self._known = known_outcomes(shards_dir, clips, decode.fingerprint)
+        if self._again:
+            self._known = Outcomes((name, one) for name, one in self._known.items() if one["status"] == OK)
         self.directory = output / ANSWERS_DIR / _run_key(settings, model, processor, decode.fingerprint)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_journals(self.directory)
@@ -162,21 +171,20 @@ class Work:
 
         Questions about one clip come together, so that it is decoded once.
         """
-        columns = [name for name in BLOCK_SCHEMA.names if name not in ("window", "block")]
-        clips = {clip["clip_id"]: clip for clip in self._clips.select(columns).to_pylist()}
         there = read_status(self.directory)
         done = {key for key, status in there.items() if status == OK or not self._again}
-        first_of = {clip_id: place for place, clip_id in enumerate(clips)}
         keys: list[str] = []
         left: list[tuple[int, int]] = []
-        for batch in questions.to_batches(max_chunksize=_BATCH_ROWS):
-            for row in batch.to_pylist():
+        for batch in questions.to_batches(max_chunksize=BATCH_ROWS):
+            rows_here = batch.to_pylist()
+            clips = self._clips.rows(one for row in rows_here for one in row["clip_ids"])
+            for row in rows_here:
                 keys.append(_key(row, clips))
                 if row["status"] == PENDING and keys[-1] not in done:
-                    left.append((first_of[row["clip_ids"][0]] if row["clip_ids"] else -1, len(keys) - 1))
+                    left.append((self._clips.places[row["clip_ids"][0]] if row["clip_ids"] else -1, len(keys) - 1))
         rows, size = [row for _, row in sorted(left)], self._settings.block_size
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        return keys, [self._block(number, part, questions, keys, clips) for number, part in enumerate(parts)]
+        return keys, [self._block(number, part, questions, keys) for number, part in enumerate(parts)]
 
     def here(self, blocks: Iterable[pa.Table]) -> Iterator[Statuses]:
         """Answer in this process."""
@@ -191,24 +199,39 @@ class Work:
 
         return answer_blocks(blocks, self.look, self.answer_arguments, self._settings)
 
-    def _block(
-        self,
-        number: int,
-        rows: Sequence[int],
-        questions: pa.Table,
-        keys: Sequence[str],
-        clips: Mapping[str, Outcome],
-    ) -> pa.Table:
+    def _block(self, number: int, rows: Sequence[int], questions: pa.Table, keys: Sequence[str]) -> pa.Table:
         named = "".join(keys[row] for row in rows) + self._again
         name = f"block-{hashlib.blake2b(named.encode(), digest_size=8).hexdigest()}"
         table = []
-        taken = questions.select(["messages", "clip_ids"]).take(pa.array(rows, pa.int64())).to_pylist()
+        taken = pick(questions.select(["messages", "clip_ids"]), rows).to_pylist()
+        clips = self._clips.rows(one for question in taken for one in question["clip_ids"])
         for row, question in zip(rows, taken, strict=True):
             ids = dict.fromkeys(question["clip_ids"])
             undecoded = [{**clips[one], "window": number, "block": 0} for one in ids if one not in self._known]
             places = [place_of(self._known[one]) for one in ids if one in self._known]
             table.append({"block": name, "key": keys[row], **question, "undecoded": undecoded, "places": places})
         return pa.Table.from_pylist(table, schema=TASK_SCHEMA)
+
+
+class _Clips:
+    """Rows of the clips table by clip_id (BLOCK_SCHEMA without window and block).
+
+    Attributes:
+        places: clip_id -> number of its row.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.select([name for name in BLOCK_SCHEMA.names if name not in ("window", "block")])
+        self.places = {clip_id: place for place, clip_id in enumerate(table["clip_id"].to_pylist())}
+
+    def rows(self, clip_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Those of `clip_ids`."""
+        places = sorted({self.places[one] for one in clip_ids})
+        return {clip["clip_id"]: clip for clip in pick(self._table, places).to_pylist()}
+
+
+def _counts(column: pa.ChunkedArray) -> Counter[str]:
+    return Counter({one["values"]: one["counts"] for one in pc.value_counts(column).to_pylist()})
 
 
 def _progress(num_rows: int, num_asked: int, stack: contextlib.ExitStack) -> DecodeProgress:
@@ -231,21 +254,26 @@ def _run_key(settings: AnswerSettings, model: Path, processor: "ValleyProcessor"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _joined(questions: pa.Table, keys: Sequence[str], answers: pa.Table) -> pa.Table:
+def _joined(questions: pa.Table, keys: Sequence[str], answers: pa.Table) -> Iterator[pa.RecordBatch]:
     """Questions with their answers (LEDGER_SCHEMA, each key once), one for one."""
     place_of_key = {key: place for place, key in enumerate(answers["key"].to_pylist())}
-    is_asked = [status == PENDING for status in questions["status"].to_pylist()]
-    missing = [row for row, key in enumerate(keys) if is_asked[row] and key not in place_of_key]
-    assert not missing, f"no answer came to {len(missing)} questions, row {missing[0]} is the first"
-    places = [place_of_key[key] if asked else None for key, asked in zip(keys, is_asked, strict=True)]
-    taken = answers.take(pa.array(places, pa.int64()))
+    unread = iter(keys)
+    for batch in questions.to_batches(max_chunksize=BATCH_ROWS):
+        asked = [(status == PENDING, next(unread)) for status in batch["status"].to_pylist()]
+        missing = [key for is_asked, key in asked if is_asked and key not in place_of_key]
+        assert not missing, f"no answer came to {len(missing)} of {batch.num_rows} questions, {missing[0]} is the first"
+        own = sorted({place_of_key[key] for is_asked, key in asked if is_asked})
+        place_here = {place: number for number, place in enumerate(own)}
+        places = [place_here[place_of_key[key]] if is_asked else None for is_asked, key in asked]
+        yield _beside(batch, pick(answers, own).take(pa.array(places, pa.int64())))
+
+
+def _beside(questions: pa.RecordBatch, answers: pa.Table) -> pa.RecordBatch:
+    """A batch of ANSWERS_SCHEMA; what became of a question is what its answer says, if it has one."""
     columns = [
-        pc.coalesce(taken[field.name], questions[field.name])
-        if field.name in ("status", "error_class", "error")
-        else (questions if field.name in questions.column_names else taken)[field.name]
-        for field in ANSWERS_SCHEMA
+        pc.coalesce(answers[name].combine_chunks(), questions[name])
+        if name in ("status", "error_class", "error")
+        else (questions[name] if name in questions.schema.names else answers[name].combine_chunks())
+        for name in ANSWERS_SCHEMA.names
     ]
-    table = pa.table(columns, schema=ANSWERS_SCHEMA)
-    counts = Counter(table["status"].to_pylist())
-    assert counts[OK] + counts[FAILED] == questions.num_rows, f"rows lost: {counts}"
-    return table
+    return pa.record_batch(columns, schema=ANSWERS_SCHEMA)

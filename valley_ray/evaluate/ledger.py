@@ -6,7 +6,7 @@ for nothing. Files of one folder belong to one model with one set of settings.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,18 +89,17 @@ def read_status(directory: Path) -> dict[str, str]:
     return found
 
 
-def read_table(directory: Path) -> pa.Table:
-    """The answers of all files of a folder (LEDGER_SCHEMA), each key once: one that is ok, else the first."""
+def read_batches(directory: Path) -> Iterator[pa.RecordBatch]:
+    """The answers of all files of a folder (LEDGER_SCHEMA), a batch per file, each key once: one that is ok, else the
+    first."""
     wanted, seen = read_status(directory), set()
-    parts = [LEDGER_SCHEMA.empty_table()]
     for path in sorted(directory.glob("*.jsonl")):
         rows = []
         for key, answer in read_answers(path).items():
             if key not in seen and answer["status"] == wanted[key]:
                 seen.add(key)
                 rows.append(answer)
-        parts.append(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
-    return pa.concat_tables(parts)
+        yield pa.RecordBatch.from_pylist(rows, schema=LEDGER_SCHEMA)
 
 
 def _ends_with_a_line(path: Path) -> bool:

@@ -11,7 +11,7 @@ All are 0..1 but judge_score, and larger is better. A number of a whole is the m
 reference; those that failed are counted beside it (`answered` is the share of the others), never left out in silence.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from valley_ray.data.schema import OK
@@ -57,25 +57,52 @@ def row_metrics(row: Row, names: Iterable[MetricName]) -> dict[str, float | None
     return found
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, float]:
+class _Sums:
+    """Rows that carry COLUMNS, added up one by one; of their texts, those that BLEU is told of are kept."""
+
+    def __init__(self) -> None:
+        self.num_rows = self.num_ok = 0
+        self._sums = dict.fromkeys(COLUMNS, 0.0)
+        self._counts = dict.fromkeys(COLUMNS, 0)
+        self._texts: tuple[list[str], list[str]] = ([], [])
+        self._has_long_reference = False
+
+    def add(self, row: Row) -> None:
+        self.num_rows += 1
+        self.num_ok += row["status"] == OK
+        if not is_measured(row):
+            return
+        for name in COLUMNS:
+            if row[name] is not None:
+                self._sums[name] += row[name]
+                self._counts[name] += 1
+        if row["bleu"] is not None:
+            self._texts[0].append(row["prediction"])
+            self._texts[1].append(row["reference"])
+            self._has_long_reference |= len(words(row["reference"])) >= BLEU_ORDER
+
+    def numbers(self) -> dict[str, float]:
+        if not self.num_rows:
+            return {}
+        means = {name: self._sums[name] / count for name, count in self._counts.items() if count and name != "bleu"}
+        found = {"answered": self.num_ok / self.num_rows} | means
+        if self._has_long_reference:
+            found["bleu"] = corpus_bleu(*self._texts)
+        return found
+
+
+def summarize(rows: Iterable[Row]) -> dict[str, float]:
     """The numbers of rows that carry COLUMNS, together: those that any of the rows has, and `answered`."""
-    measured = [row for row in rows if is_measured(row)]
-    found = {"answered": sum(row["status"] == OK for row in rows) / len(rows)} if rows else {}
-    for name in COLUMNS:
-        values = [row[name] for row in measured if row[name] is not None]
-        if values:
-            found[name] = sum(values) / len(values)
-    if "bleu" in found:
-        del found["bleu"]
-        if any(len(words(row["reference"])) >= BLEU_ORDER for row in measured):
-            found["bleu"] = corpus_bleu([row["prediction"] for row in measured], [row["reference"] for row in measured])
-    return found
-
-
-def summarize_by(rows: Sequence[Row], column: str) -> dict[str, dict[str, float]]:
-    """`summarize` of the rows of each value of a column, and their number as `rows`; the most rows first."""
-    groups: dict[str, list[Row]] = {}
+    sums = _Sums()
     for row in rows:
-        groups.setdefault(row[column] or "", []).append(row)
-    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return {name: {"rows": float(len(group)), **summarize(group)} for name, group in ordered}
+        sums.add(row)
+    return sums.numbers()
+
+
+def summarize_by(rows: Iterable[Row], column: str) -> dict[str, dict[str, float]]:
+    """`summarize` of the rows of each value of a column, and their number as `rows`; the most rows first."""
+    groups: dict[str, _Sums] = {}
+    for row in rows:
+        groups.setdefault(row[column] or "", _Sums()).add(row)
+    ordered = sorted(groups.items(), key=lambda item: -item[1].num_rows)
+    return {name: {"rows": float(sums.num_rows), **sums.numbers()} for name, sums in ordered}

@@ -95,10 +95,10 @@ def _groups(what: str, groups: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _answers(rows: Sequence[Row], store: FrameStore, *, seed: int) -> str:
-    answered = [row for row in rows if row["status"] == "ok"]
-    chosen, words = _drawn(answered, seed)
+    answered = [place for place, row in enumerate(rows) if row["status"] == "ok"]
+    chosen, words = _drawn(rows, answered, seed)
     lines, num_bytes = [], 0
-    for row in chosen:
+    for row in (rows[place] for place in chosen):
         if num_bytes > MAX_PICTURE_BYTES:
             break
         strips = [
@@ -112,14 +112,15 @@ def _answers(rows: Sequence[Row], store: FrameStore, *, seed: int) -> str:
     return f'<p class="quiet">{note}</p>\n' + table("Answers", head, lines, kind="answers")
 
 
-def _drawn(rows: Sequence[Row], seed: int) -> tuple[list[Row], str]:
-    """Rows to look at: as many wrong ones as right ones where it is known, the wrong ones first."""
-    by = next((key for key in _RIGHT_BY if any(row[key] is not None for row in rows)), None)
-    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+def _drawn(rows: Sequence[Row], places: Sequence[int], seed: int) -> tuple[list[int], str]:
+    """Places of rows to look at: as many wrong ones as right ones where it is known, the wrong ones first."""
+    order = np.random.default_rng(seed).permutation(places).tolist()
+    by = next((key for key in _RIGHT_BY if any(row["status"] == "ok" and row[key] is not None for row in rows)), None)
     if by is None:
-        return [rows[place] for place in order[:MAX_ROWS]], ""
-    wrong = [rows[place] for place in order if not rows[place][by]]
-    right = [rows[place] for place in order if rows[place][by]]
+        return order[:MAX_ROWS], ""
+    rights = [bool(row[by]) for row in rows]
+    wrong = [place for place in order if not rights[place]]
+    right = [place for place in order if rights[place]]
     num_wrong = min(len(wrong), max(MAX_ROWS // 2, MAX_ROWS - len(right)))
     return [*wrong[:num_wrong], *right[: MAX_ROWS - num_wrong]], ", those that differ from the reference first"
 
@@ -165,10 +166,10 @@ def _numbers(row: Row) -> str:
 
 
 def _failed(rows: Sequence[Row]) -> str:
-    failed = [row for row in rows if row["status"] != "ok"]
+    failed = [(str(row["error_class"]), place) for place, row in enumerate(rows) if row["status"] != "ok"]
     if not failed:
         return "<p>None.</p>\n"
-    listed = sorted(failed, key=lambda row: str(row["error_class"]))[:MAX_FAILED]
+    listed = [rows[place] for _, place in sorted(failed)[:MAX_FAILED]]
     hidden = len(failed) - len(listed)
     more = f"<p>and {count(hidden)} more in <code>predictions.parquet</code></p>\n" if hidden else ""
     return table("Questions without an answer", ("question and reason", "class"), _failed_lines(listed)) + more

@@ -3,20 +3,24 @@
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from valley_ray.data.commit import write_json
+from valley_ray.data.mapped import TableRows, mapped
 from valley_ray.evaluate.answers import AnswerSet
 from valley_ray.evaluate.config import EvaluationConfig
 from valley_ray.evaluate.judge import Case, judge
 from valley_ray.evaluate.ledger import CLIPS_TYPE
 from valley_ray.evaluate.metrics import COLUMNS, is_measured, row_metrics, summarize, summarize_by
-from valley_ray.evaluate.questions import question_of
+from valley_ray.evaluate.questions import BATCH_ROWS, question_of
+
+if TYPE_CHECKING:
+    from valley_ray.evaluate.bertscore import BertScore
 
 PREDICTIONS_FILE, METRICS_FILE, PAGE_FILE, JUDGED_FILE = (
     "predictions.parquet",
@@ -54,37 +58,44 @@ clips: shard and row of the frames that were shown."""
 Row = dict[str, Any]
 
 
-def measure(answers: AnswerSet, settings: EvaluationConfig, kept: Path) -> list[Row]:
-    """Every row with its numbers; verdicts of a judge are kept in the file `kept`.
+def measure(answers: AnswerSet, settings: EvaluationConfig, kept: Path) -> TableRows:
+    """Every row with its numbers (PREDICTIONS_SCHEMA), on disk; verdicts of a judge are kept in the file `kept`.
 
     Raises:
         CheckpointError, ConfigError: BERTScore's encoder cannot be used.
     """
-    rows = [_row(row) | row_metrics(row, settings.metrics) for row in answers.table.to_pylist()]
-    measured = [row for row in rows if is_measured(row)]
-    if settings.bertscore_model is not None:
-        import torch
-
-        from valley_ray.evaluate.bertscore import BertScore
-
-        encoder = BertScore(
-            settings.bertscore_model,
-            layer=settings.bertscore_layer,
-            # Actors may run elsewhere: a driver that asks for GPUs need not have one.
-            device="cuda" if settings.actor_gpus and torch.cuda.is_available() else "cpu",
-        )
-        scores = encoder.scores([row["prediction"] for row in measured], [row["reference"] for row in measured])
-        for row, score in zip(measured, scores, strict=True):
-            row["bertscore"] = score
-    if settings.judge is not None:
-        cases = [Case(row["question"], row["reference"], row["prediction"]) for row in measured]
-        for row, verdict in zip(measured, judge(cases, settings.judge, kept), strict=True):
-            row["judge_score"], row["judge_error"] = verdict.score, verdict.error
-            row["judge_accuracy"] = None if verdict.is_right is None else float(verdict.is_right)
-    return rows
+    return TableRows(mapped(_measured(answers.table, settings, kept), PREDICTIONS_SCHEMA, answers.catalog_dir))
 
 
-def summary_of(rows: Sequence[Row], answers: AnswerSet) -> dict[str, Any]:
+def _measured(table: pa.Table, settings: EvaluationConfig, kept: Path) -> Iterator[pa.RecordBatch]:
+    encoder = _encoder(settings) if settings.bertscore_model is not None else None
+    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
+        rows = [_row(row) | row_metrics(row, settings.metrics) for row in batch.to_pylist()]
+        measured = [row for row in rows if is_measured(row)]
+        if encoder is not None:
+            scores = encoder.scores([row["prediction"] for row in measured], [row["reference"] for row in measured])
+            for row, score in zip(measured, scores, strict=True):
+                row["bertscore"] = score
+        if settings.judge is not None:
+            cases = [Case(row["question"], row["reference"], row["prediction"]) for row in measured]
+            for row, verdict in zip(measured, judge(cases, settings.judge, kept), strict=True):
+                row["judge_score"], row["judge_error"] = verdict.score, verdict.error
+                row["judge_accuracy"] = None if verdict.is_right is None else float(verdict.is_right)
+        yield pa.RecordBatch.from_pylist(rows, schema=PREDICTIONS_SCHEMA)
+
+
+def _encoder(settings: EvaluationConfig) -> "BertScore":
+    import torch
+
+    from valley_ray.evaluate.bertscore import BertScore
+
+    assert settings.bertscore_model is not None, "asked for"
+    # Actors may run elsewhere: a driver that asks for GPUs need not have one.
+    device = "cuda" if settings.actor_gpus and torch.cuda.is_available() else "cpu"
+    return BertScore(settings.bertscore_model, layer=settings.bertscore_layer, device=device)
+
+
+def summary_of(rows: TableRows, answers: AnswerSet) -> dict[str, Any]:
     """What metrics.json holds: counts of rows, `metrics`, and the same by source and by kind of question."""
     return {
         "rows_in": answers.rows_in,
@@ -100,12 +111,12 @@ def summary_of(rows: Sequence[Row], answers: AnswerSet) -> dict[str, Any]:
     }
 
 
-def write_predictions(rows: Sequence[Row], summary: Mapping[str, Any], output: Path) -> None:
+def write_predictions(rows: TableRows, summary: Mapping[str, Any], output: Path) -> None:
     """Write predictions.parquet and metrics.json into `output`, each whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / PREDICTIONS_FILE
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=PREDICTIONS_SCHEMA), temporary)
+    pq.write_table(rows.table, temporary)
     os.replace(temporary, path)
     write_json(output / METRICS_FILE, summary)
 

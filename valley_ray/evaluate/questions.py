@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from valley_ray.chat.conversation import MEDIA_MARK
+from valley_ray.data.mapped import pick
 from valley_ray.data.schema import FAILED, PENDING
 from valley_ray.data.sources import CatalogSummary
 from valley_ray.data.sources.files import last_part
-from valley_ray.errors import ConversationError, DataError
-from valley_ray.evaluate.check import NOBODY_ASKS
+from valley_ray.errors import ConversationError
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.evaluate.kinds import Kinds, kind_of
 
@@ -40,32 +40,25 @@ QUESTIONS_SCHEMA = pa.schema(
 turns before it included; marks in user turns stand for clip_ids in order. reference: the recorded answer, null where
 there is none. status: pending, or failed with the reason."""
 
-_BATCH_ROWS = 4096
+BATCH_ROWS = 4096
+"""Rows that are Python objects at a time."""
 
 
 def read_questions(
     clips: pa.Table, samples: pa.Table, settings: AnswerSettings, *, summary: CatalogSummary, kinds: Kinds
-) -> pa.Table:
-    """The questions of a catalog (QUESTIONS_SCHEMA), in its order.
-
-    Raises:
-        DataError: there is none; the sources are clips that nobody asks about and `question` is not set.
-    """
+) -> Iterator[pa.RecordBatch]:
+    """The questions of a catalog (QUESTIONS_SCHEMA), in its order, a few thousand at a time."""
     rows = np.arange(samples.num_rows)
     if settings.max_samples is not None:
         rows = _drawn(rows, settings.max_samples, settings.seed)
     formats = {source.name: source.format for source in summary.sources}
-    parts, batch = [], []
-    for row in _rows(clips, samples.take(pa.array(rows, pa.int64())), settings):
+    batch = []
+    for row in _rows(clips, samples, rows, settings):
         batch.append(row | {"kind": _kind(row, kinds, formats)})
-        if len(batch) == _BATCH_ROWS:
-            parts.append(pa.Table.from_pylist(batch, schema=QUESTIONS_SCHEMA))
+        if len(batch) == BATCH_ROWS:
+            yield pa.RecordBatch.from_pylist(batch, schema=QUESTIONS_SCHEMA)
             batch = []
-    parts.append(pa.Table.from_pylist(batch, schema=QUESTIONS_SCHEMA))
-    table = pa.concat_tables(parts)
-    if not table.num_rows:
-        raise DataError(NOBODY_ASKS)
-    return table
+    yield pa.RecordBatch.from_pylist(batch, schema=QUESTIONS_SCHEMA)
 
 
 def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -80,19 +73,26 @@ def _kind(row: Mapping[str, Any], kinds: Kinds, formats: Mapping[str, str]) -> s
     return kind_of(kinds, source=source, format_name=format_name, sample_id=row["sample_id"], question=question)
 
 
-def _rows(clips: pa.Table, samples: pa.Table, settings: AnswerSettings) -> Iterator[dict[str, Any]]:
+def _rows(
+    clips: pa.Table, samples: pa.Table, asked: npt.NDArray[np.int64], settings: AnswerSettings
+) -> Iterator[dict[str, Any]]:
     shown: set[str] = set()
-    for batch in samples.to_batches(max_chunksize=_BATCH_ROWS):
-        for sample in batch.to_pylist():
-            shown.update(sample["clip_ids"])
-            yield from _of_sample(sample, last_alone=settings.turns == "last")
+    for sample in _taken(samples, asked):
+        shown.update(sample["clip_ids"])
+        yield from _of_sample(sample, last_alone=settings.turns == "last")
     if settings.question is None:
         return
     alone = np.array([row for row, name in enumerate(clips["clip_id"].to_pylist()) if name not in shown], np.int64)
     if settings.max_samples is not None:
-        alone = _drawn(alone, max(0, settings.max_samples - samples.num_rows), settings.seed)
-    for batch in clips.take(pa.array(alone)).to_batches(max_chunksize=_BATCH_ROWS):
-        yield from (_of_clip(clip, settings.question) for clip in batch.to_pylist())
+        alone = _drawn(alone, max(0, settings.max_samples - len(asked)), settings.seed)
+    for clip in _taken(clips, alone):
+        yield _of_clip(clip, settings.question)
+
+
+def _taken(table: pa.Table, rows: npt.NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+    """Rows of a mapped table, a few thousand of them in memory."""
+    for first in range(0, len(rows), BATCH_ROWS):
+        yield from pick(table, rows[first : first + BATCH_ROWS]).to_pylist()
 
 
 def _drawn(rows: npt.NDArray[np.int64], number: int, seed: int) -> npt.NDArray[np.int64]:

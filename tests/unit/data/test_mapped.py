@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from valley_ray.data.mapped import mapped, pick
+from valley_ray.data.mapped import TableRows, mapped, pick
 
 SCHEMA = pa.schema([("number", pa.int64()), ("texts", pa.list_(pa.struct([("text", pa.string())])))])
 
@@ -27,6 +27,16 @@ def test_rows_are_picked_in_the_order_asked_for(tmp_path: Path) -> None:
         assert pick(table, numbers).to_pylist() == [rows_of(range(15))[number] for number in numbers]
     assert pick(table.slice(4, 7), [6, 0]).to_pylist() == [rows_of(range(15))[number] for number in (10, 4)]
     assert pick(SCHEMA.empty_table(), []).num_rows == 0
+
+
+def test_rows_are_a_sequence_of_dicts_that_are_made_when_looked_at(tmp_path: Path) -> None:
+    table = make_table(tmp_path)
+    rows, wanted = TableRows(table), rows_of(range(15))
+    assert (len(rows), list(rows), rows[:]) == (15, wanted, wanted)
+    assert (rows[3], rows[-1], rows[4:11:3]) == (wanted[3], wanted[-1], wanted[4:11:3])
+    assert rows[3] is not rows[3]
+    with pytest.raises(IndexError):
+        rows[15]
 
 
 def test_no_file_is_left_and_none_is_needed(tmp_path: Path) -> None:
