@@ -12,4 +12,5 @@ Model:
 Training: train/
 Serving:
     engine_cost.py    an engine's tokens beside sequential `generate`
+    serve/            whole servers over HTTP
 """

@@ -1,10 +1,12 @@
 """What an engine's tokens cost beside sequential Hugging Face `generate`, in CPU and wall time per new token.
 
-A LLaMA of random weights, every prompt new (nothing is found in a cache), greedy. All sides take turns in one process
-and in every round: what the machine does beside them meets them alike. Knows no Ray.
+A LLaMA of random weights, every prompt new (nothing is found in a cache), greedy. All sides take turns in every round:
+what the machine does beside them meets them alike. CPU time counts the processes that an engine has started. Knows no
+Ray.
 L prompt tokens, D hidden width.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ import torch
 from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from valley_ray.benchmarks.process_cost import process_tree
 from valley_ray.config import Config
 from valley_ray.engine.engine import Engine, Prompt, SamplingParams
-from valley_ray.engine.slots import SlotEngine
+from valley_ray.engine.open import EngineKind, open_engine
 
 LEAST_LEAD = 1e-4
 """Tokens must be equal where the likeliest leads by more (docs: exactness)."""
@@ -35,8 +38,8 @@ class EngineCost(Config):
     """L: a video block of 264 tokens and a question."""
     num_new_tokens: int = Field(default=64, ge=2)
     """Of each answer."""
-    num_sequential: int = Field(default=2, ge=1)
-    """Prompts that `generate` answers per round, one after the other."""
+    num_sequential: int = Field(default=1, ge=1)
+    """Prompts of every case that `generate` answers too, one after the other: its time, and what is compared."""
     vocab_size: int = Field(default=32000, ge=8)
     """LLaMA's."""
     hidden_size: int = Field(default=512, ge=64, multiple_of=64)
@@ -68,30 +71,24 @@ class _Core:
         return embeds
 
 
-def open_slots(core: _Core, config: EngineCost) -> Engine:
-    """The default engine, as wide as the widest case."""
-    max_length = config.num_prompt_tokens + config.num_new_tokens
-    return SlotEngine(core, num_slots=max(config.concurrency), max_length=max_length)
-
-
 def engine_numbers(
-    config: EngineCost, engines: Mapping[str, Callable[[_Core, EngineCost], Engine]] | None = None
+    config: EngineCost, kinds: Sequence[EngineKind] = ("slots",), *, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, dict[str, Cost]]:
-    """Engine name → number of requests (as text, for JSON) → cost; `generate` is there under "1".
+    """Engine → number of requests (as text, for JSON) → cost; `generate` is there under "1".
 
-    `engines` None: the slots engine alone. The caller sets torch's threads. An engine that computes in another process
-    needs a clock of its own: CPU time is this process's. Raises AssertionError where tokens differ from those of
-    `generate` although the likeliest led by more than LEAST_LEAD: then there is nothing to compare.
+    The caller sets torch's threads. Raises AssertionError where tokens differ from those of `generate` although the
+    likeliest led by more than LEAST_LEAD: then there is nothing to compare.
     """
     core = _Core(make_model(config))
-    opened = {name: make(core, config) for name, make in (engines or {"slots": open_slots}).items()}
-    generator = torch.Generator().manual_seed(0)
-    for engine in opened.values():
-        _answer(engine, _prompts(config, 1, generator), config)  # warm-up, with prompts that do not come again
-    _generate(core.language_model, _prompts(config, 1, generator), config)
-    rounds = [
-        list(_round(core.language_model, opened, config, number, generator)) for number in range(config.num_rounds)
-    ]
+    max_length = config.num_prompt_tokens + config.num_new_tokens
+    opened: dict[str, Engine] = {}
+    try:
+        for kind in kinds:
+            opened[kind] = open_engine(kind, core, num_slots=max(config.concurrency), max_length=max_length)
+        rounds = _rounds(core.language_model, opened, config, say)
+    finally:
+        for engine in opened.values():
+            engine.close()
     costs: dict[str, dict[str, Cost]] = {}
     for place, (name, count, _) in enumerate(rounds[0]):
         measured = [one[place][2] for one in rounds]
@@ -126,6 +123,21 @@ class _Measured:
     wall_ms: float
 
 
+def _rounds(
+    model: PreTrainedModel, engines: Mapping[str, Engine], config: EngineCost, say: Callable[[str], None]
+) -> "list[list[tuple[str, int, _Measured]]]":
+    generator = torch.Generator().manual_seed(0)
+    for engine in engines.values():
+        _answer(engine, _prompts(config, 1, generator), config)  # warm-up, with prompts that do not come again
+    _generate(model, _prompts(config, 1, generator), config)
+    rounds = []
+    for number in range(config.num_rounds):
+        rounds.append(list(_round(model, engines, config, number, generator)))
+        costs = ", ".join(f"{name} x{count} {one.cpu_ms:.1f}" for name, count, one in rounds[-1])
+        say(f"engines, round {number + 1}, CPU ms per token: {costs}")
+    return rounds
+
+
 def _round(
     model: PreTrainedModel,
     engines: Mapping[str, Engine],
@@ -135,8 +147,8 @@ def _round(
 ) -> Iterator[tuple[str, int, _Measured]]:
     """(way, requests, cost per token) of every case, `generate` first; the order of running turns with the round."""
     prompts = {count: _prompts(config, count, generator) for count in config.concurrency}
-    widest = prompts[max(config.concurrency)]
-    sequential = widest[: config.num_sequential]
+    compared = {count: given[: config.num_sequential] for count, given in prompts.items()}
+    sequential = [prompt for given in compared.values() for prompt in given]
     cases: list[tuple[str, int, Callable[[], list[list[int]]]]] = [
         (_GENERATE, 1, lambda: _generate(model, sequential, config))
     ]
@@ -147,18 +159,24 @@ def _round(
     measured: dict[tuple[str, int], _Measured] = {}
     turn = number % len(cases)
     for name, count, run in (*cases[turn:], *cases[:turn]):
-        cpu, wall = time.process_time(), time.perf_counter()
+        others_s, cpu_s, wall_s = _others_s(), time.process_time(), time.perf_counter()
         tokens[name, count] = run()
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s + _others_s() - others_s
         num_tokens = sum(map(len, tokens[name, count]))
-        cpu_ms, wall_ms = (time.process_time() - cpu) * 1000, (time.perf_counter() - wall) * 1000
-        measured[name, count] = _Measured(cpu_ms / num_tokens, wall_ms / num_tokens)
+        measured[name, count] = _Measured(cpu_s * 1000 / num_tokens, wall_s * 1000 / num_tokens)
     for name in engines:
-        for prompt, expected, came in zip(
-            sequential, tokens[_GENERATE, 1], tokens[name, max(config.concurrency)], strict=False
-        ):
-            _check_equal(model, prompt, expected, came)
+        expected = iter(tokens[_GENERATE, 1])
+        for count, given in compared.items():
+            for prompt, came in zip(given, tokens[name, count], strict=False):
+                _check_equal(model, prompt, next(expected), came)
     for name, count, _ in cases:
         yield name, count, measured[name, count]
+
+
+def _others_s() -> float:
+    """CPU seconds of the processes that this one has started."""
+    _, *others = process_tree(os.getpid())
+    return sum(one.cpu_s for one in others)
 
 
 def _prompts(config: EngineCost, count: int, generator: torch.Generator) -> list[tuple[int, ...]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from valley_ray.benchmarks.engine_cost import EngineCost, engine_numbers, open_slots
+from valley_ray.benchmarks.engine_cost import EngineCost, engine_numbers
 from valley_ray.engine.engine import TokenEvent
 from valley_ray.engine.slots import SlotEngine
 
@@ -34,4 +34,4 @@ def test_an_engine_with_other_tokens_is_not_compared(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(SlotEngine, "step", wrong)
     with torch.random.fork_rng(devices=[]), pytest.raises(AssertionError, match="generate has"):
-        engine_numbers(SMALL, {"slots": open_slots})
+        engine_numbers(SMALL)
