@@ -231,6 +231,20 @@ class UnavailableError(ValleyError):
     http_status = 503
 
 
+class ReplicaDiedError(UnavailableError):
+    """The replica that worked on a call ended before it was done; another one can be asked."""
+
+
+class OtherWeightsError(UnavailableError):
+    """A replica of other weights than the caller's was asked, while a redeploy replaces one after the other."""
+
+
+class ReplicaCrashError(UnavailableError):
+    """What was asked ended two replicas that worked on it; it is not given to a third one."""
+
+    code = "replica_crashed"
+
+
 class UnknownModelError(ValleyError):
     """A request names a model that this server does not serve."""
 

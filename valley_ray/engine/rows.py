@@ -31,7 +31,7 @@ class Request:
     params: SamplingParams
     adapter: Adapter | None = None
     token_ids: list[int] = field(default_factory=list)
-    """New tokens."""
+    """Tokens of the answer: those that the prompt brought, then the new ones."""
     row: int = -1
     num_cached: int = 0
     """Columns of its row that are filled."""
@@ -39,7 +39,7 @@ class Request:
     """Those among them that another request had computed."""
 
     def __post_init__(self) -> None:
-        self.prompt_length = len(self.keys)
+        self.prompt_length, self.num_answered = len(self.keys), len(self.token_ids)
 
     def add_keys(self, keys: Keys) -> None:
         """Keys of the new tokens in the cache."""

@@ -128,7 +128,10 @@ class SlotEngine:
         adapter = prompt.adapter
         self._adapters.prepare(adapter)
         embeds = (adapter or self._core).embed(input_ids, visual)
-        self._waiting.append(Request(request_id, embeds, self._keys(embeds, adapter), params, adapter))
+        if prompt.answered:
+            embeds = torch.cat([embeds, self._embed_answer(prompt.answered, adapter)])
+        keys = self._keys(embeds, adapter)
+        self._waiting.append(Request(request_id, embeds, keys, params, adapter, list(prompt.answered)))
         return request_id
 
     @torch.inference_mode()
@@ -254,11 +257,16 @@ class SlotEngine:
         """Free the row; what stands in it stays a beginning for further prompts."""
         num_new = request.num_cached - request.prompt_length
         if num_new > 0:
-            ids = torch.tensor(request.token_ids[:num_new], device=self._device)
-            adapter = request.adapter
-            embeds = self._embed_tokens(ids) if adapter is None else adapter.embed_tokens(ids)
-            request.add_keys(self._keys(embeds, adapter))
+            first = request.num_answered
+            embeds = self._embed_answer(request.token_ids[first : first + num_new], request.adapter)
+            request.add_keys(self._keys(embeds, request.adapter))
         self._rows.release(request)
+
+    def _embed_answer(self, token_ids: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+        """Tokens of an answer → [n, D]; a placeholder among them is a token like any other."""
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        embeds: torch.Tensor = self._embed_tokens(ids) if adapter is None else adapter.embed_tokens(ids)
+        return embeds
 
     def _keys(self, embeds_LD: torch.Tensor, adapter: Adapter | None) -> Keys:
         return self._adapters.salted(self._content_keys(embeds_LD), adapter)

@@ -4,6 +4,7 @@ Knows Ray's error types and nothing about what is computed.
 """
 
 import asyncio
+import contextvars
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from valley_ray.errors import OverloadedError, UnavailableError, ValleyError
+from valley_ray.errors import OtherWeightsError, OverloadedError, ReplicaDiedError, UnavailableError, ValleyError
 from valley_ray.serve import metrics
 
 Value = TypeVar("Value")
@@ -22,7 +23,8 @@ Value = TypeVar("Value")
 def unwrapped() -> Iterator[None]:
     """Raise what a called deployment raised, without Ray's wrapping.
 
-    A full queue becomes an OverloadedError, a dead or missing replica an UnavailableError.
+    A full queue becomes an OverloadedError, a replica that ended over the call a ReplicaDiedError, a missing deployment
+    an UnavailableError.
     """
     try:
         yield
@@ -37,16 +39,18 @@ def _what_was_raised(error: BaseException) -> BaseException:
         return error
     if isinstance(error, BackPressureError):
         return OverloadedError(f"the server is full ({error.message}); try again in a second")
-    if isinstance(error, RayActorError | DeploymentUnavailableError):
-        return UnavailableError("a replica ended or is not up yet; try again shortly")
+    if isinstance(error, RayActorError):
+        return ReplicaDiedError("the replica that worked on this ended; try again shortly")
+    if isinstance(error, DeploymentUnavailableError):
+        return UnavailableError("a part of the server does not come up; try again later")
     return error
 
 
 def check_version(asked: str, own: str) -> None:
-    """Raise UnavailableError where a caller of another deployment has other weights: while a redeploy replaces one
+    """Raise OtherWeightsError where a caller of another deployment has other weights: while a redeploy replaces one
     replica after the other, what is made for one model must not reach the other."""
     if asked != own:
-        raise UnavailableError("the server is changing to another model; try again shortly")
+        raise OtherWeightsError("the server is changing to another model; try again shortly")
 
 
 class PullCache(Generic[Value]):
@@ -76,7 +80,9 @@ class PullCache(Generic[Value]):
         metrics.CACHE_LOOKUPS.add(cache=self._name, result="miss" if task is None else "joined")
         if task is None:
             self.num_misses += 1
-            task = asyncio.ensure_future(self._compute(key, compute))
+            # A context of its own: Serve and Ray cancel the calls made for a request whose client went away, and others
+            # may wait for these.
+            task = asyncio.get_running_loop().create_task(self._compute(key, compute), context=contextvars.Context())
             self._pending[key] = task
         # A caller who gives up must not take the computation from the others who wait for it.
         return await asyncio.shield(task)

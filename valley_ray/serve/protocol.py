@@ -66,6 +66,12 @@ class AnswerRequest:
     """Deltas as they become certain, or one at the end."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the model's own."""
+    adapter: str | None = None
+    """By its name in the configuration; None: the model alone."""
+    answered: tuple[int, ...] = ()
+    """Tokens of the answer that the client has, from a decoder that ended: the next one goes on behind them."""
+    answered_with: str = ""
+    """The weights version that made them; "": there are none."""
     sent_at: float | None = None
     """When the ingress passed it on, Unix time in seconds by the ingress's clock."""
 
@@ -128,5 +134,9 @@ class AnswerDelta:
     delta later than its tokens do."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed anew."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens since the last delta, of streams."""
+    version: str = ""
+    """Of the weights that made them."""
     timings: Timings | None = None
     """Of the whole answer, with its last delta."""

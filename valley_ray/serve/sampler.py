@@ -17,6 +17,7 @@ from valley_ray.serve import metrics
 from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
+from valley_ray.serve.second_try import Crashes, ask_twice
 
 Frames = npt.NDArray[np.uint8]
 """uint8 [T, S, S, 3]."""
@@ -96,10 +97,17 @@ class RemoteSampler:
     """The FrameSampler deployment as a FrameSource."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        self._handle, self._crashes = handle, Crashes()
 
     async def frames(self, media: MediaRef, sampling: FrameSampling, version: str) -> SampledFrames:
-        """As `FrameSampler.frames`; OverloadedError or UnavailableError where no replica can be asked."""
-        with unwrapped():
-            frames: SampledFrames = await self._handle.frames.remote(media, sampling, version)
-        return frames
+        """As `FrameSampler.frames`; OverloadedError or UnavailableError where no replica can be asked.
+
+        A second replica is asked where one ends over it; ReplicaCrashError where both do.
+        """
+
+        async def ask() -> SampledFrames:
+            with unwrapped():
+                frames: SampledFrames = await self._handle.frames.remote(media, sampling, version)
+            return frames
+
+        return await ask_twice(self._crashes, media.key, ask)

@@ -140,3 +140,25 @@ def test_half_precision_runs() -> None:
         [(Prompt(ids), SamplingParams(max_tokens=6, logprobs=1)) for ids in prompts(3)],
     )
     assert [len(one) for one in tokens] == [6, 6, 6]
+
+
+def test_an_answer_goes_on_behind_tokens_that_another_engine_made() -> None:
+    model = tiny()
+    ids = prompts(2)[1]
+    for params in (
+        SamplingParams(max_tokens=20),
+        SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, seed=7),
+        SamplingParams(max_tokens=20, presence_penalty=1.5, frequency_penalty=1.0),
+    ):
+        (whole,) = run(SlotEngine(TextCore(model), num_slots=2, max_length=len(ids) + 20), [(Prompt(ids), params)])
+        for num_answered in (1, 9, 19):
+            engine = SlotEngine(TextCore(model), num_slots=2, max_length=len(ids) + 20)
+            for _ in range(2):  # the second time, keys and values of the first are found
+                engine.add(Prompt(ids, answered=tuple(whole[:num_answered])), params)
+                events = []
+                while engine.num_unfinished:
+                    events += engine.step()
+                assert [event.token_id for event in events] == whole[num_answered:]
+                assert [event.index for event in events] == list(range(num_answered, 20))
+                assert events[-1].finish_reason == "length"
+            assert run(engine, [(Prompt(ids), params)]) == [whole], "what it left behind is what it computed"

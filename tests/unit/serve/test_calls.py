@@ -1,12 +1,13 @@
 import asyncio
+import contextvars
 import pickle
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from valley_ray import errors
-from valley_ray.errors import NotMediaError, OverloadedError, UnavailableError, ValleyError
+from valley_ray.errors import NotMediaError, OverloadedError, ReplicaDiedError, UnavailableError, ValleyError
 from valley_ray.serve.calls import PullCache, unwrapped
 
 
@@ -103,3 +104,26 @@ def test_a_caller_that_gives_up_leaves_the_others_their_value() -> None:
         assert source.asked == ["a"]
 
     asyncio.run(body())
+
+
+def test_what_is_shared_is_not_part_of_the_request_that_asked_first() -> None:
+    # Serve cancels the calls that were made in the context of a request whose client went away.
+    request = contextvars.ContextVar[str]("request", default="nobody's")
+
+    async def body() -> None:
+        request.set("mine")
+        cache = PullCache[str](100, len, name="decoder")
+
+        async def compute() -> str:
+            return request.get()
+
+        assert await cache.get("a", compute) == "nobody's"
+
+    asyncio.run(body())
+
+
+def test_a_replica_that_ended_over_a_call_is_told_apart() -> None:
+    with pytest.raises(ReplicaDiedError), unwrapped():
+        raise ActorDiedError()
+    with pytest.raises(ReplicaDiedError), unwrapped():
+        raise wrapped(ActorUnavailableError("away", b"0" * 16))
