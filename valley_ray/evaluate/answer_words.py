@@ -8,7 +8,8 @@ from valley_ray.errors import ConfigError
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.storage import storage_root
 
-INPUT = "input="
+INPUT, QUESTION = "input=", "question="
+"""What follows these is taken as it is typed; in YAML a question with `: ` or ` #` would be something else."""
 
 
 def read_words(
@@ -34,13 +35,18 @@ def read_words(
     """
     if len(paths := [Path(word) for word in words if "=" not in word]) > 1:
         raise ConfigError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop one")
-    overrides = [word for word in words if "=" in word and not word.startswith(INPUT)]
-    inputs = [*inputs, *(word.removeprefix(INPUT) for word in words if word.startswith(INPUT))]
+    overrides = [word for word in words if "=" in word and not word.startswith((INPUT, QUESTION))]
+    inputs = [*inputs, *_after(INPUT, words)]
     if inputs and any(word.startswith("sources=") for word in overrides):
         raise ConfigError("input= and sources= both say what is asked about; drop one")
     is_generated = not paths and not inputs and not any(word.startswith("sources=") for word in overrides)
     path = default if is_generated else next(iter(paths), None)
-    named = {"sources": [{"path": one} for one in inputs], "media_root": media_root, "output": output}
+    named: dict[str, object] = {
+        "sources": [{"path": one} for one in inputs],
+        "media_root": media_root,
+        "output": output,
+    }
+    named["question"] = next(reversed(_after(QUESTION, words)), None)
     values = (read_yaml(path) if path is not None else {}) | {name: value for name, value in named.items() if value}
     apply_overrides(values, overrides)
     source = str(path) if path is not None else COMMAND_LINE
@@ -50,3 +56,7 @@ def read_words(
 
         return make_generated(settings, storage_root(), say=say)
     return settings
+
+
+def _after(prefix: str, words: Sequence[str]) -> list[str]:
+    return [word.removeprefix(prefix) for word in words if word.startswith(prefix)]

@@ -49,6 +49,11 @@ def test_inputs_are_typed_in_either_way(storage: Path) -> None:
     assert (typed.output, typed.question, typed.max_tokens) == (storage / "out", "What?", 7)
 
 
+def test_a_question_is_asked_as_it_is_typed(storage: Path) -> None:
+    for question in ("Is #1 a circle: yes or no?", "no", "{what}?", "Who's there?"):
+        assert read("model=m", "input=.", "output=out", f"question={question}").question == question
+
+
 def test_an_input_stands_for_the_sources_of_a_file(storage: Path) -> None:
     (storage / "my.yaml").write_text("model: m\noutput: out\nmax_tokens: 3\nsources: [{path: other.json}]\n")
     settings = read("my.yaml", "input=records.json")
