@@ -16,6 +16,8 @@ from valley_ray.errors import ConfigError
 
 COMMAND_LINE = "the command line"
 
+_TYPES = ("int", "float", "str", "bool")
+
 
 class Config(BaseModel):
     """Base of what a user writes: frozen, closed (an unknown key is an error), field docstrings as descriptions."""
@@ -54,7 +56,7 @@ def validate_config(
         return model.model_validate(dict(values))
     except ValidationError as error:
         problems: dict[str, list[str]] = {}
-        for problem in error.errors():
+        for problem in _causes(error):
             where = COMMAND_LINE if _is_of(overrides, problem) else source
             problems.setdefault(where, []).append(_describe(model, problem))
         said = "; ".join(f"{where}: {'; '.join(sentences)}" for where, sentences in problems.items())
@@ -134,6 +136,31 @@ def _is_of(overrides: Sequence[str], problem: Any) -> bool:
         if problem["type"] == "value_error" and re.search(rf"\b{re.escape(key[-1])}\b", problem["msg"]):
             return True
     return False
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """The problems at the places that a user wrote, without those that only follow.
+
+    pydantic puts the name of a type behind a place that could have held several, and calls a list too short whose items
+    are wrong.
+    """
+    problems: list[Any] = [{**problem, "loc": _written(problem)} for problem in error.errors()]
+    places = [problem["loc"] for problem in problems]
+
+    def follows(problem: Any) -> bool:
+        location = problem["loc"]
+        return problem["type"] == "too_short" and any(
+            len(place) > len(location) and place[: len(location)] == location for place in places
+        )
+
+    return [problem for problem in problems if not follows(problem)]
+
+
+def _written(problem: Any) -> tuple[int | str, ...]:
+    location: tuple[int | str, ...] = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        return location
+    return tuple(part for part in location if not (isinstance(part, str) and ("[" in part or part in _TYPES)))
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

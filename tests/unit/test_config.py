@@ -85,3 +85,22 @@ def test_a_mistake_in_the_file_is_not_blamed_on_the_command_line(path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         load_config(TrainConfig, path, ["log_every=2", "seed=3"])
     assert str(caught.value).startswith(f"{path}: global_batch_size=32 must be a multiple")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.0.max_steps=0", "stages.0.max_steps=0: input should be greater than or equal to 1"),
+        ("stages.0.trainable=[projektor]", "stages.0.trainable.0='projektor': input should be 'projector'"),
+        ("num_workers=two", "num_workers='two': input should be a valid integer"),
+    ],
+)
+def test_a_mistake_is_named_where_it_was_written_and_what_follows_from_it_is_not(
+    path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, path, [override])
+    assert said in str(caught.value)
+    assert "after validation" not in str(caught.value)
+    assert "tuple[" not in str(caught.value)
+    assert "literal[" not in str(caught.value)

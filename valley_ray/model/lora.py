@@ -30,7 +30,7 @@ class LoraSettings(Config):
 
     r: int = Field(16, ge=1)
     """Rank."""
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32, gt=0, allow_inf_nan=False)
     """The update is scaled by alpha / r."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Of what enters the adapter, while training."""

@@ -70,7 +70,7 @@ class TrainConfig(Config):
     """Put samples of like lengths into the same global batch, out of eight batches each: less padding."""
     num_workers: int | tuple[int, int] = 2
     """Training processes; [smallest, largest] number of them: as many as Ray has room for, while nodes come and go."""
-    cpus_per_worker: float = Field(default=0.5, gt=0)
+    cpus_per_worker: float = Field(default=0.5, ge=0.0001, allow_inf_nan=False)
     """CPUs that a worker reserves. Fractions leave room for the pipeline's tasks: two workers with one CPU each
     starve it on a two-CPU machine."""
     use_gpu: bool = False
@@ -88,10 +88,10 @@ class TrainConfig(Config):
     """Compute the language model's activations again in the backward pass instead of keeping them."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where metrics go beside metrics.jsonl and loss.png, which are always written."""
-    peak_flops: float | None = Field(default=None, gt=0)
+    peak_flops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """FLOP per second that one worker's device could do at `precision`, which MFU is a share of. None takes what is
     known of the GPU; where nothing is known, there is no MFU."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the sample order."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics."""
@@ -112,7 +112,7 @@ class TrainConfig(Config):
     """Steps whose batches are made ready while one is trained."""
     feature_cache_bytes: int = Field(default=0, ge=0)
     """Memory of each worker for tower features of clips seen before; 0 means off."""
-    timeout_s: float = Field(default=600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0, le=1e7)
     """Longest wait for another worker (collectives) or for the next committed window."""
     evaluation: EvaluationConfig | None = None
     """Held-out split that checkpoints are measured on beside the training, without stopping it; None: none."""
@@ -121,6 +121,17 @@ class TrainConfig(Config):
     @classmethod
     def _path_or_url(cls, value: object) -> object:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("run_name")
+    @classmethod
+    def _one_folder(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if value.strip(" .") != value or not value or len(value.encode()) > 200 or not value.isprintable():
+            raise ValueError(f"expected the name of a folder, without spaces or dots at its ends; got {value!r}")
+        if "/" in value or "\\" in value:
+            raise ValueError(f"expected the name of one folder, storage is where it lies; got {value!r}")
+        return value
 
     @property
     def min_workers(self) -> int:

@@ -1,6 +1,6 @@
 """What one stage of a run trains, for how long and how fast; knows no torch and no Ray."""
 
-from typing import Literal, Self, cast
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +25,9 @@ adapters of the language model's layers."""
 
 Parts = tuple[Part, ...]
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 Preset = Literal["valley-stage1", "valley-stage2", "valley-stage2-lora"]
 
 PRESETS: dict[str, Parts] = {
@@ -42,9 +45,9 @@ class StageConfig(Config):
     """Shown in metrics, progress lines and timings."""
     trainable: tuple[Part | Preset, ...] = Field(min_length=1)
     """Parts that are trained, or names of presets; everything else is frozen."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: Rate
     """Peak learning rate of every trained part that `learning_rates` does not name."""
-    learning_rates: dict[Part, float] = Field(default_factory=dict)
+    learning_rates: dict[Part, Rate] = Field(default_factory=dict)
     """Peak learning rate of single parts, for example {projector: 2.0e-3}."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """What follows the warm-up: cosine down to zero at the planned last step, or no change."""
@@ -54,13 +57,13 @@ class StageConfig(Config):
     """How often every sample is seen, exactly. Set this or `max_steps`."""
     max_steps: int | None = Field(default=None, ge=1)
     """How many optimizer steps are made. Set this or `epochs`."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """AdamW weight decay of matrices; vectors (norms, biases) and embeddings' new rows are never decayed."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW betas."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """AdamW epsilon."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Gradients are clipped to this global norm; None means off."""
 
     @model_validator(mode="after")

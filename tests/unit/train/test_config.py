@@ -43,6 +43,16 @@ def test_defaults_are_valleys_two_stages_on_zero_2() -> None:
         ({"precision": "fp16"}, "needs use_gpu"),
         ({"zero_stag": 2}, "did you mean 'zero_stage'"),
         ({"zero_stage": 4}, "zero_stage=4"),
+        ({"stages": [stage(learning_rate=float("inf"))]}, "stages.0.learning_rate=inf"),
+        ({"stages": [stage(learning_rates={"projector": -1.0})]}, "stages.0.learning_rates.projector=-1.0"),
+        ({"stages": [stage(betas=[0.9, 1.0])]}, "stages.0.betas.1=1.0: input should be less than 1"),
+        ({"stages": [stage(max_grad_norm=float("inf"))]}, "stages.0.max_grad_norm=inf"),
+        ({"seed": 2**64}, "seed="),
+        ({"timeout_s": float("inf")}, "timeout_s=inf"),
+        ({"cpus_per_worker": float("inf")}, "cpus_per_worker=inf"),
+        ({"run_name": ".."}, "run_name: expected the name of a folder"),
+        ({"run_name": "a/b"}, "run_name: expected the name of one folder, storage is where it lies"),
+        ({"num_workers": [4, 2]}, "[smallest, largest]; got (4, 2)"),
     ],
 )
 def test_impossible_values_are_named(changes: dict[str, Any], said: str) -> None:
