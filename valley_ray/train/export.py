@@ -52,7 +52,8 @@ def export_model(
     """Write the model of folder `source` with `trained` (parameters by the names of `prepare_stage`) to folder
     `output`, whole or not at all; a model folder that was there is replaced.
 
-    A trained adapter is merged into the model, and stands alone in `output`/adapter beside it.
+    A trained adapter is merged into the model, and stands alone in `output`/adapter beside it, where that folder and
+    `source` together are the same model.
     """
     model = ValleyForConditionalGeneration.from_pretrained(source)
     put_trained(model, trained, lora=lora, adapt=False)
@@ -62,7 +63,8 @@ def export_model(
         if any(".lora_" in name for name in trained):
             from valley_ray.model.lora import merge_lora, save_adapter
 
-            save_adapter(model.core, temporary / ADAPTER_FOLDER)
+            if _is_all_in_adapter(model, trained):
+                save_adapter(model.core, temporary / ADAPTER_FOLDER)
             merge_lora(model.core)
         model.save_pretrained(temporary)
         ValleyProcessor.from_pretrained(source).save_pretrained(temporary)
@@ -75,6 +77,14 @@ def export_model(
             temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_all_in_adapter(model: ValleyForConditionalGeneration, trained: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an adapter's folder holds all of `trained`: it takes in projector, pooling and input table, and neither
+    the language model's own weights nor the tower."""
+    table = model.core.get_input_embeddings().weight
+    held = {name for name, parameter in model.core.named_parameters() if parameter is table or ".lora_" in name}
+    return not any(name.startswith(("language_model.", TOWER_PREFIX)) for name in trained.keys() - held)
 
 
 def _parameters(model: ValleyForConditionalGeneration) -> dict[str, torch.nn.Parameter]:

@@ -151,12 +151,20 @@ def progress_line(metrics: StepMetrics) -> str:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The lines of a metrics file, [] if there is none; a half-written last one (killed worker) is dropped."""
+    """The lines of a metrics file, [] if there is none; what is no whole line (a killed worker, a full disk) is
+    dropped."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
-    return [StepMetrics(**json.loads(line)) for line in whole.splitlines()]
+    return [metrics for line in whole.splitlines() if (metrics := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> StepMetrics | None:
+    try:
+        return StepMetrics(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def peak_rss_bytes() -> int:

@@ -41,6 +41,17 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> Non
     assert lines[-1].loss == 1.0
 
 
+def test_a_line_that_cannot_be_read_is_dropped_and_the_run_goes_on(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, last_step=0)
+    log.write(LINE)
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "sta\n[]\n{"step": 2}\n\n')
+    log.write(replace(LINE, step=3))
+    assert [line.step for line in read_metrics(log.path)] == [1, 3]
+    resumed = MetricsLog(tmp_path, last_step=3)
+    assert len(resumed.path.read_text().splitlines()) == 2
+
+
 def test_a_progress_line_tells_step_loss_rate_and_stall() -> None:
     assert progress_line(LINE) == "stage1 step 1/9  loss 2.0000  lr 1.00e-03  120.0 samples/s  stall 4%"
 
