@@ -127,12 +127,14 @@ def evaluate_checkpoint(
     answers = answer(settings, folder, work, on_ray=False)
     into = work / (f"step-{step:08d}" if step is not None else "latest")
     title = "Answers" if step is None else f"Answers after step {step:,}"
-    summary = _measured(answers, settings, into, kept=work / JUDGED_FILE, title=title).summary
+    try:
+        summary = _measured(answers, settings, into, kept=work / JUDGED_FILE, title=title).summary
+    finally:
+        # Another export of the same checkpoint is another folder: nobody comes back to these.
+        shutil.rmtree(work / ANSWERS_DIR, ignore_errors=True)
     metrics = finite(summary["metrics"])
     if settings.best not in metrics:
         raise DataError(f"{settings.best} could not be computed, and it makes the best checkpoint; see {into}")
-    # Another export of the same checkpoint is another folder: nobody comes back to these.
-    shutil.rmtree(work / ANSWERS_DIR)
     _write_line(output / EVALUATION_FILE, {"step": step, **metrics, "seconds": summary["seconds"]})
     return metrics
 

@@ -52,12 +52,12 @@ def convert_upstream(values: Mapping[str, Any], *, source: Path, num_workers: in
             looks misspelt.
     """
     keys = Keys.of(values, source)
-    stage = _stage(keys)
+    stage, run_name = _stage(keys), _run_name(keys)
     ours = {
         "model": keys.text("model_name_or_path"),
         "output": keys.text("output_dir"),
-        **({"run_name": keys.text("run_name")} if keys.has("run_name") else {}),
-        "data": {"mode": "overlap", "pipeline": _pipeline(keys, stage["name"])},
+        **({"run_name": run_name} if run_name is not None else {}),
+        "data": {"mode": "overlap", "pipeline": _pipeline(keys, run_name or stage["name"])},
         "stages": [stage],
         **_batches(keys, num_workers),
         **_engine(keys),
@@ -72,6 +72,17 @@ def convert_upstream(values: Mapping[str, Any], *, source: Path, num_workers: in
     validate_config(TrainConfig, ours, source=f"what {source} becomes")
     ignored = [(key, IGNORED_KEYS[key]) for key in values if key in IGNORED_KEYS]
     return Conversion(ours, tuple(keys.changed), (*ignored, *keys.ignored))
+
+
+def _run_name(keys: Keys) -> str | None:
+    """Here it names a folder."""
+    if not keys.has("run_name"):
+        return None
+    given = keys.text("run_name")
+    name = re.sub(r"[/\\]+", "-", given).strip(" .-")
+    if name != given:
+        keys.change("run_name", f"{given} → {name}, the name of the run's folder")
+    return name
 
 
 def _stage(keys: Keys) -> dict[str, Any]:
@@ -120,6 +131,8 @@ def _duration(keys: Keys) -> dict[str, int]:
     if keys.flag("fast_epoch"):
         keys.change("fast_epoch", "ten records for a trial: set max_steps of the stage instead of epochs")
     if (max_steps := keys.whole("max_steps", -1, least=-1)) > 0:
+        if keys.has("num_train_epochs"):
+            keys.ignore("num_train_epochs", "max_steps says how long")
         return {"max_steps": max_steps}
     return {"epochs": keys.whole("num_train_epochs", 3)}
 
@@ -133,7 +146,7 @@ def _schedule(keys: Keys) -> str:
     return SCHEDULES.get(name, "cosine")
 
 
-def _pipeline(keys: Keys, stage: str) -> dict[str, Any]:
+def _pipeline(keys: Keys, name: str) -> dict[str, Any]:
     records, roots = [], []
     for path_key, folder_key in (("data_path", "image_folder"), ("video_data_path", "video_folder")):
         if not keys.has(path_key):
@@ -148,7 +161,6 @@ def _pipeline(keys: Keys, stage: str) -> dict[str, Any]:
             keys.change(folder_key, f"missing: media are looked for beside {path_key}")
     if not records:
         raise ConfigError(f"{keys.source}: neither data_path nor video_data_path is set; there is nothing to train on")
-    name = keys.text("run_name") if keys.has("run_name") else stage
     return {"records": records, "media_root": roots, "windows_dir": f"runs/windows/{name}"}
 
 
@@ -206,6 +218,8 @@ def _reporting(keys: Keys) -> dict[str, Any]:
     strategy = str(keys.values.get("save_strategy", "steps")).lower()
     if strategy in ("no", "false"):
         values["checkpoint_every"] = None
+        if keys.has("save_steps"):
+            keys.ignore("save_steps", f"save_strategy is {strategy}: no checkpoints; set checkpoint_every to have some")
     else:
         values["checkpoint_every"] = keys.whole("save_steps", 500)
         if strategy == "epoch":

@@ -124,3 +124,4 @@ def test_a_split_that_nothing_could_be_asked_of_is_an_error_that_says_why(tiny_v
     with pytest.raises(DataError, match=r"none of 1 questions was answered \(source_not_found 1\)"):
         evaluate_checkpoint(tiny_valley, settings(path), output=tmp_path / "run", step=1)
     assert not (tmp_path / "run" / "evaluation.jsonl").exists()
+    assert not (tmp_path / "run" / "evaluation" / "answers").exists(), "an answer that nobody comes back to"

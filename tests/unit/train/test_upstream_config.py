@@ -221,6 +221,16 @@ def test_what_means_something_else_here_is_told(changes: dict[str, Any], key: st
     assert said in dict(convert(changes).changed)[key]
 
 
+def test_keys_that_others_put_out_of_force_are_listed() -> None:
+    epochs = convert({"max_steps": 100})
+    assert "num_train_epochs" in dict(epochs.ignored)
+    assert epochs.values["stages"][0]["max_steps"] == 100
+    unsaved = convert({"save_strategy": "no", "run_name": "team/first"})
+    assert "no checkpoints" in dict(unsaved.ignored)["save_steps"]
+    assert unsaved.values["run_name"] == "team-first"
+    assert "team/first → team-first" in dict(unsaved.changed)["run_name"]
+
+
 def test_the_command_writes_a_file_that_runs_and_never_overwrites(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
