@@ -18,6 +18,7 @@ from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import Prompt, SamplingParams, TokenEvent
 from valley_ray.errors import CheckpointError, ConversationError
 from valley_ray.media.preprocess import check_one_size
+from valley_ray.model.adapters import CoreAdapter
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
@@ -82,20 +83,32 @@ def encode_visual_tokens(
     model: ValleyForConditionalGeneration, processor: ValleyProcessor, clips: Sequence[npt.NDArray[np.uint8]]
 ) -> list[torch.Tensor]:
     """Cropped frames uint8 [T, S, S, 3] per clip → visual tokens [P + T, D] per clip; one pass of the tower for all."""
+    return [model.core.visual_tokens(one) for one in encode_features(model, processor, clips)]
+
+
+@torch.inference_mode()
+def encode_features(
+    model: ValleyForConditionalGeneration, processor: ValleyProcessor, clips: Sequence[npt.NDArray[np.uint8]]
+) -> list[torch.Tensor]:
+    """Cropped frames uint8 [T, S, S, 3] per clip → what the visual tokens of any adapter are made of, per clip."""
     device = next(model.parameters()).device
     features = model.encode_clips([processor.pixel_values(clip).to(device) for clip in clips])
-    return [model.core.visual_tokens(one) for one in features]
+    return [model.core.pooling.kept(one) for one in features]
 
 
 def build_prompt(
-    processor: ValleyProcessor, conversation: Conversation, visual_tokens: Sequence[torch.Tensor]
+    processor: ValleyProcessor,
+    conversation: Conversation,
+    visual_tokens: Sequence[torch.Tensor],
+    *,
+    adapter: CoreAdapter | None = None,
 ) -> Prompt:
-    """Tokenize around the media: one [P + T, D] tensor per mark of the conversation, in order.
+    """Tokenize around the media: one [P + T, D] tensor per mark of the conversation, in order, of `adapter`'s making.
 
     Raises ConversationError or PromptTooLongError as `ValleyProcessor.encode_prompt`.
     """
     num_frames = [len(tokens) - processor.num_patches for tokens in visual_tokens]
-    return Prompt(tuple(processor.encode_prompt(conversation, num_frames)), tuple(visual_tokens))
+    return Prompt(tuple(processor.encode_prompt(conversation, num_frames)), tuple(visual_tokens), adapter)
 
 
 def complete_params(

@@ -28,6 +28,10 @@ class Pooling(nn.Module):
         """[T, 1 + P, Dv] → [R, Dv]: the rows to project, here all T * (1 + P)."""
         return features.flatten(0, 1)
 
+    def kept(self, features: torch.Tensor) -> torch.Tensor:
+        """[T, 1 + P, Dv] → as little as `rows` can go on from; here all."""
+        return features
+
     def tokens(self, projected: Sequence[torch.Tensor], num_frames: Sequence[int]) -> list[torch.Tensor]:
         """[R, D] of each clip → [P + T, D] of each clip: patch tokens, then frame tokens."""
         clips = [part.unflatten(0, (count, -1)) for part, count in zip(projected, num_frames, strict=True)]
@@ -47,6 +51,10 @@ class MeanPooling(Pooling):
         if features.ndim == 2:
             return features
         return torch.cat([features[:, 1:].mean(dim=0), features[:, 0]])
+
+    def kept(self, features: torch.Tensor) -> torch.Tensor:
+        """The rows: nothing in them is trained."""
+        return self.rows(features)
 
     def tokens(self, projected: Sequence[torch.Tensor], num_frames: Sequence[int]) -> list[torch.Tensor]:
         """Already [P + T, D]."""

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
-from valley_ray.errors import OverloadedError, UnavailableError, UnknownModelError
+from valley_ray.errors import OverloadedError, UnavailableError
 from valley_ray.serve.chat import Answer, answers, event_stream, read_question, whole_reply
 from valley_ray.serve.chat_reply import ChatCompletion, Reply
 from valley_ray.serve.chat_request import ChatCompletionRequest
@@ -27,6 +27,7 @@ from valley_ray.serve.gate import REQUEST_ID, Gate
 from valley_ray.serve.http_errors import BodyLimit, ErrorReply, add_error_handlers
 from valley_ray.serve.keys import Keys
 from valley_ray.serve.media_source import MediaSource
+from valley_ray.serve.models_api import ServedModels
 from valley_ray.serve.openapi import describe
 from valley_ray.serve.protocol import AnswerRequest
 from valley_ray.serve.visit import visit_of
@@ -58,23 +59,6 @@ class Health(Reply):
     model: str
 
 
-class Model(Reply):
-    """A model that can be asked."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    """When this server started, Unix time in seconds."""
-    owned_by: str = "valley_ray"
-
-
-class ModelList(Reply):
-    """All models of this server."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
 def build_api(
     config: ServeConfig, backend: Backend, *, keys: Keys | None = None, behind_serve: bool = False
 ) -> FastAPI:
@@ -91,8 +75,9 @@ def build_api(
     add_error_handlers(api)
     store = FileStore(config.files)
     _add_status(api, config, backend)
-    _add_models(api, name)
-    _add_chat(api, config, backend, MediaSource(config, store, backend.put))
+    models = ServedModels(config)
+    api.include_router(models.router())
+    _add_chat(api, config, backend, models, MediaSource(config, store, backend.put))
     api.include_router(files_router(store))
     describe(api, needs_key=bool(keys))
     # Base64 makes four bytes of three.
@@ -137,29 +122,14 @@ def _add_status(api: FastAPI, config: ServeConfig, backend: Backend) -> None:
         return Health(model=config.served_name)
 
 
-def _add_models(api: FastAPI, name: str) -> None:
-    model = Model(id=name, created=int(time.time()))
-
-    @api.get("/v1/models", response_model=ModelList, tags=["models"])
-    async def list_models() -> ModelList:
-        """The models that can be asked."""
-        return ModelList(data=[model])
-
-    @api.get("/v1/models/{model_id:path}", response_model=Model, tags=["models"])
-    async def get_model(model_id: str) -> Model:
-        """One model."""
-        _check_model(name, model_id)
-        return model
-
-
-def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, media: MediaSource) -> None:
+def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, models: ServedModels, media: MediaSource) -> None:
     @api.post("/v1/chat/completions", response_model=ChatCompletion, tags=["chat"])
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Ask about videos and images, or go on with a conversation."""
-        _check_model(config.served_name, body.model)
+        adapter = models.adapter_of(body.model)
         visit = visit_of(request)
         visit.model = body.model
-        question = await read_question(config, media, body, visit)
+        question = await read_question(config, media, body, visit, adapter=adapter)
         deltas = answers(backend.answer, question)
         try:
             # The first delta before the first byte: what is wrong with the request still has its HTTP status.
@@ -172,11 +142,6 @@ def _add_chat(api: FastAPI, config: ServeConfig, backend: Backend, media: MediaS
             events = event_stream(question, first, deltas, visit, include_usage=include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         return JSONResponse(await whole_reply(question, first, deltas, visit))
-
-
-def _check_model(name: str, asked: str) -> None:
-    if asked != name:
-        raise UnknownModelError(f"no model {asked[:100]!r} here; this server has {name!r}")
 
 
 class _Probe:

@@ -42,8 +42,10 @@ class Question:
     writer: ReplyWriter
 
 
-async def read_question(config: ServeConfig, media: MediaSource, body: ChatCompletionRequest, visit: Visit) -> Question:
-    """Find the media and split the choices; raises what is wrong with the request."""
+async def read_question(
+    config: ServeConfig, media: MediaSource, body: ChatCompletionRequest, visit: Visit, *, adapter: str | None = None
+) -> Question:
+    """Find the media and split the choices; raises what is wrong with the request. `adapter` is of the model asked."""
     num_choices = body.n or 1
     if num_choices > config.max_choices:
         raise OverLimitError(f"n={num_choices} is over this server's {config.max_choices}; ask for fewer", param="n")
@@ -65,6 +67,7 @@ async def read_question(config: ServeConfig, media: MediaSource, body: ChatCompl
         fit_max_tokens=body.token_limit is None,
         stream=bool(body.stream),
         stop=body.stop_texts,
+        adapter=adapter,
         sent_at=time.time(),
     )
     visit.asked_seconds = visit.now()

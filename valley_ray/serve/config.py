@@ -88,7 +88,7 @@ class ServeConfig(Config):
     sampler_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Frames kept by each sampler replica, bytes."""
     encoder_cache_bytes: int = Field(default=256 * 2**20, ge=0)
-    """Visual tokens kept by each encoder replica, bytes."""
+    """What the tower made of frames, kept by each encoder replica, bytes."""
     decoder_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Visual tokens kept by each decoder replica, bytes."""
 
@@ -114,9 +114,16 @@ class ServeConfig(Config):
         """The model name that requests say."""
         return self.model_name or self.model.name
 
+    def name_under(self, adapter: str | None) -> str:
+        """The name that requests say for the model under one of its adapters, or for the model alone."""
+        return self.served_name if adapter is None else f"{self.served_name}:{adapter}"
+
     def version_of(self, adapter: str | None) -> str:
         """What visual tokens are made with: the model's version, or that of the model under an adapter."""
-        return self.weights_version if adapter is None else f"{self.weights_version}+{self.adapter_versions[adapter]}"
+        if adapter is None:
+            return self.weights_version
+        # The name too: two adapters may have files of the same sizes and times.
+        return f"{self.weights_version}+{adapter}={self.adapter_versions.get(adapter, '')}"
 
 
 class HttpOptions(Config):

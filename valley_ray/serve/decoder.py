@@ -20,6 +20,7 @@ from valley_ray.serve.encoder import RemoteEncoder, VisionEncoder, VisualTokenSo
 from valley_ray.serve.engine_thread import EngineThread
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef, TokenLogprob
 from valley_ray.serve.sampler import FrameSampler
+from valley_ray.serve.served_adapters import Served, ServedAdapters
 from valley_ray.serve.token_text import token_logprob
 
 
@@ -34,17 +35,16 @@ class LanguageDecoder:
 
     def __init__(self, config: ServeConfig, encoder: VisualTokenSource | DeploymentHandle | None = None) -> None:
         model = open_model(config, config.decoder.device, keep="all" if encoder is None else "language")
-        self._processor = ValleyProcessor.from_pretrained(config.model)
-        check_fit(model.config, self._processor)
+        processor = ValleyProcessor.from_pretrained(config.model)
+        check_fit(model.config, processor)
+        self._served = ServedAdapters(config, model.core, processor)
         if encoder is None:
             encoder = VisionEncoder(config, FrameSampler(config), model=model)
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
-        self._version = config.weights_version
-        self._default_sampling = config.sampling or self._processor.sampling
-        self._max_length = config.max_length or self._processor.max_length
+        self._config = config
+        self._max_length = config.max_length or processor.max_length
         engine = SlotEngine(model.core, num_slots=config.num_slots, max_length=self._max_length)
         self._thread, self._num_stopped = EngineThread(engine, _tell_load), 0
-        self._name = config.served_name
         self._cache: PullCache[torch.Tensor] = PullCache(
             config.decoder_cache_bytes, lambda tokens: tokens.nbytes, name="decoder"
         )
@@ -54,20 +54,26 @@ class LanguageDecoder:
 
         Raises what looking at the media raises, ConversationError and PromptTooLongError; all before the first delta.
         """
-        with AnswerWatch(self._name, request.sent_at) as watch:
-            async with aclosing(self._deltas(request, watch)) as deltas:
+        with AnswerWatch(self._config.name_under(request.adapter), request.sent_at) as watch:
+            async with (
+                self._served.use(request.adapter) as served,
+                aclosing(self._deltas(request, served, watch)) as deltas,
+            ):
                 async for delta in deltas:
                     yield delta
 
-    async def _deltas(self, request: AnswerRequest, watch: AnswerWatch) -> AsyncGenerator[AnswerDelta, None]:
+    async def _deltas(
+        self, request: AnswerRequest, served: Served, watch: AnswerWatch
+    ) -> AsyncGenerator[AnswerDelta, None]:
         looks = zip(request.media, request.frames, strict=True)
-        visual_tokens = await asyncio.gather(*(self._look_at(media, wish, watch) for media, wish in looks))
+        visual_tokens = await asyncio.gather(*(self._look_at(media, wish, served, watch) for media, wish in looks))
         if request.media:
             watch.has_media()
-        prompt = build_prompt(self._processor, request.conversation, visual_tokens)
+        processor = served.processor
+        prompt = build_prompt(processor, request.conversation, visual_tokens, adapter=served.weights)
         fit_into = self._max_length if request.fit_max_tokens else None
-        params = complete_params(self._processor, request.params, prompt, fit_into=fit_into)
-        stream = open_text_stream(self._processor, params, request.stop)
+        params = complete_params(processor, request.params, prompt, fit_into=fit_into)
+        stream = open_text_stream(processor, params, request.stop)
         text, num_tokens, logprobs = "", 0, list[TokenLogprob]()
         before: int | None = None
         watch.asks_engine()
@@ -77,27 +83,27 @@ class LanguageDecoder:
                 watch.token(len(prompt.input_ids), event.num_cached_tokens)
                 text += stream.push(event)
                 if event.logprob is not None and event.token_id not in params.stop_token_ids:
-                    logprobs.append(token_logprob(self._processor, event, before))
+                    logprobs.append(token_logprob(processor, event, before))
                     before = event.token_id if logprobs[-1].utf8 is not None else before
                 reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
                 if reason is not None or (request.stream and text):
                     counts = len(prompt.input_ids), num_tokens
                     timings = None if reason is None else watch.ends(reason)
-                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens, timings)
+                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens, timings=timings)
                     text, logprobs = "", []
                 if stream.stopped:
                     self._num_stopped += event.finish_reason is None
                     break
 
-    async def _look_at(self, media: MediaRef, wish: FrameWish, watch: AnswerWatch) -> torch.Tensor:
-        sampling = wish.over(self._default_sampling)
+    async def _look_at(self, media: MediaRef, wish: FrameWish, served: Served, watch: AnswerWatch) -> torch.Tensor:
+        sampling = wish.over(self._config.sampling or served.processor.sampling)
 
         async def pull() -> torch.Tensor:
-            encoded = await self._encoder.visual_tokens(media, sampling, self._version)
+            encoded = await self._encoder.visual_tokens(media, sampling, served.version, served.adapter)
             watch.pulled(encoded.decode_seconds, encoded.encode_seconds)
             return encoded.tokens
 
-        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{self._version}", pull)
+        return await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{served.version}", pull)
 
     def stats(self) -> dict[str, int]:
         """Counts since the replica started, and its process."""
@@ -109,12 +115,13 @@ class LanguageDecoder:
             "num_unfinished": self._thread.num_unfinished,
             # A request that a stop string ended is aborted as well, and not abandoned by anybody.
             "num_abandoned": max(0, self._thread.num_abandoned - self._num_stopped),
+            **self._served.stats(),
             **({"num_encoded": encoder["num_encoded"]} if encoder else {}),
         }
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What Serve tells the routers of callers."""
-        return {"version": self._version}
+        return {"version": self._config.weights_version}
 
     def check_health(self) -> None:
         """Serve replaces a replica whose engine broke."""
@@ -122,7 +129,8 @@ class LanguageDecoder:
             raise RuntimeError("the engine broke") from self._thread.broken
 
     def __del__(self) -> None:
-        self._thread.close()
+        if hasattr(self, "_thread"):  # not where opening the model failed
+            self._thread.close()
 
 
 def _tell_load(running: int, waiting: int) -> None:

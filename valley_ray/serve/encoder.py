@@ -9,8 +9,10 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import check_fit, encode_visual_tokens, load_model
+from valley_ray.answering import check_fit, encode_features, load_model
 from valley_ray.media.sampling import FrameSampling
+from valley_ray.model.adapters import open_visual_part
+from valley_ray.model.core import ValleyCore
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve import metrics
@@ -18,6 +20,7 @@ from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
 from valley_ray.serve.sampler import Frames, FrameSource, RemoteSampler
+from valley_ray.serve.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class EncodedMedia:
 class VisualTokenSource(Protocol):
     """Who a decoder asks: a VisionEncoder in its process, or the deployment."""
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
+    async def visual_tokens(
+        self, media: MediaRef, sampling: FrameSampling, version: str, adapter: str | None = None
+    ) -> EncodedMedia:
         """As `VisionEncoder.visual_tokens`."""
 
 
@@ -59,21 +64,25 @@ class VisionEncoder:
         self._processor = ValleyProcessor.from_pretrained(config.model)
         check_fit(self._model.config, self._processor)
         self._sampler = RemoteSampler(sampler) if isinstance(sampler, DeploymentHandle) else sampler
-        self._version = config.weights_version
+        self._config, self._version = config, config.weights_version
+        self._cores: Shelf[ValleyCore] = Shelf(self._open_visual_part, config.max_adapters)
         self._cache: PullCache[torch.Tensor] = PullCache(
-            config.encoder_cache_bytes, lambda tokens: tokens.nbytes, name="encoder"
+            config.encoder_cache_bytes, lambda features: features.nbytes, name="encoder"
         )
         self._num_encoded = 0
         self._encode.set_max_batch_size(config.encode_batch_size)
         self._encode.set_batch_wait_timeout_s(config.encode_wait_s)
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
-        """[P + T, D] of one clip or image, on the CPU, made by the model `version`.
+    async def visual_tokens(
+        self, media: MediaRef, sampling: FrameSampling, version: str, adapter: str | None = None
+    ) -> EncodedMedia:
+        """[P + T, D] of one clip or image, on the CPU, made by the model `version`, or by it under `adapter`.
+
+        What the tower makes of the frames is kept: an adapter's tokens cost its own projector alone.
 
         Raises what the sampler raises; UnavailableError for another version.
         """
-        check_version(version, self._version)
-
+        check_version(version, self._config.version_of(adapter))
         decode_seconds: float | None = None
         encode_seconds: float | None = None
 
@@ -81,19 +90,27 @@ class VisionEncoder:
             nonlocal decode_seconds, encode_seconds
             sampled = await self._sampler.frames(media, sampling, self._version)
             began = time.monotonic()
-            tokens: torch.Tensor = await self._encode(sampled.frames)
+            features: torch.Tensor = await self._encode(sampled.frames)
             decode_seconds, encode_seconds = sampled.decode_seconds, time.monotonic() - began
             metrics.STAGE_SECONDS.observe(encode_seconds, stage="encode")
-            return tokens
+            return features
 
-        tokens = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{version}", pull)
+        features = await self._cache.get(f"{media.key}|{media.kind}|{sampling.key}|{self._version}", pull)
+        if adapter is None:
+            tokens = await asyncio.to_thread(_visual_tokens, self._model.core, features)
+        else:
+            async with self._cores.use(adapter) as core:
+                tokens = await asyncio.to_thread(_visual_tokens, core, features)
         return EncodedMedia(tokens, decode_seconds, encode_seconds)
 
     @serve.batch
     async def _encode(self, clips: list[Frames]) -> list[torch.Tensor]:
         self._num_encoded += len(clips)
-        tokens = await asyncio.to_thread(encode_visual_tokens, self._model, self._processor, clips)
-        return [one.cpu() for one in tokens]
+        features = await asyncio.to_thread(encode_features, self._model, self._processor, clips)
+        return [one.cpu() for one in features]
+
+    def _open_visual_part(self, adapter: str) -> ValleyCore:
+        return open_visual_part(self._model.core, self._config.adapters[adapter])
 
     def stats(self) -> dict[str, int]:
         """Counts since the replica started."""
@@ -114,11 +131,18 @@ class RemoteEncoder:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def visual_tokens(self, media: MediaRef, sampling: FrameSampling, version: str) -> EncodedMedia:
+    async def visual_tokens(
+        self, media: MediaRef, sampling: FrameSampling, version: str, adapter: str | None = None
+    ) -> EncodedMedia:
         """As `VisionEncoder.visual_tokens`; OverloadedError or UnavailableError where no replica can be asked."""
         with unwrapped():
-            encoded: EncodedMedia = await self._handle.visual_tokens.remote(media, sampling, version)
+            encoded: EncodedMedia = await self._handle.visual_tokens.remote(media, sampling, version, adapter)
         return encoded
+
+
+@torch.inference_mode()
+def _visual_tokens(core: ValleyCore, features: torch.Tensor) -> torch.Tensor:
+    return core.visual_tokens(features.to(core.mm_projector.weight.device)).cpu()
 
 
 def open_model(

@@ -29,7 +29,10 @@ class Ingress:
 
     async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         with unwrapped():
-            deltas = self._decoder.answer.remote(request)
+            decoder = self._decoder
+            if request.adapter is not None:
+                decoder = decoder.options(multiplexed_model_id=request.adapter)
+            deltas = decoder.answer.remote(request)
             try:
                 async for delta in deltas:
                     yield delta

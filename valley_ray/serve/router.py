@@ -20,7 +20,12 @@ Mirrokni, Thorup and Zadimoghaddam 2018)."""
 
 
 def ranked(
-    loads: Mapping[str, int], key: str, *, slack: int, adapter: str = "", holders: Collection[str] = ()
+    loads: Mapping[str, int],
+    key: str,
+    *,
+    slack: int,
+    adapter: str = "",
+    opened: Mapping[str, Collection[str]] | None = None,
 ) -> list[str]:
     """Replica names, best first, by rendezvous hashing: where one comes or goes, only its own keys move.
 
@@ -29,16 +34,17 @@ def ranked(
         key: what its caches know, such as the key of a video.
         slack: a replica with fewer requests than this is not too busy, whatever the others have.
         adapter: what it has to have opened; "": nothing.
-        holders: replicas that have it open.
+        opened: replica → adapters that it has open.
     """
     bound = max(slack, math.ceil(_FAIR_SHARE * (sum(loads.values()) + 1) / max(len(loads), 1)))
 
-    def place(replica: str) -> tuple[bool, int, bool, str]:
-        is_busy, is_holder = loads[replica] >= bound, not adapter or replica in holders
-        # Who has to open the adapter first is chosen by the adapter alone, so that few replicas have to.
-        text = f"{adapter}|{key}" if is_holder else adapter
+    def place(replica: str) -> tuple[bool, int, bool, int, str]:
+        others = (opened or {}).get(replica, ())
+        is_busy, is_holder = loads[replica] >= bound, not adapter or adapter in others
+        # Who has to open the adapter is chosen by the room for it and the adapter alone, so that few replicas have to.
+        text, num_others = (f"{adapter}|{key}", 0) if is_holder else (adapter, len(others))
         weight = hashlib.sha256(f"{text}|{replica}".encode()).hexdigest()
-        return is_busy, loads[replica] if is_busy else 0, not is_holder, weight
+        return is_busy, loads[replica] if is_busy else 0, not is_holder, num_others, weight
 
     return sorted(loads, key=place)
 
@@ -68,7 +74,7 @@ class MediaRouter(MultiplexMixin, RequestRouter):
             key or uuid4().hex,
             slack=self._slack,
             adapter=adapter,
-            holders={name for name, one in replicas.items() if adapter in one.multiplexed_model_ids},
+            opened={name: one.multiplexed_model_ids for name, one in replicas.items()},
         )
         names = [[name] for name in order] if key or adapter else [order[:2], order[2:]]
         return [[replicas[name] for name in group] for group in names]

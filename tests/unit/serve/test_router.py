@@ -52,13 +52,19 @@ def test_no_replica_gets_much_more_than_its_share_even_of_a_single_video() -> No
 
 
 def test_an_adapter_stays_where_it_is_open_until_those_are_busy() -> None:
-    assert set(first(IDLE, adapter="x", holders={"b"}).values()) == {"b"}
-    assert set(first(IDLE, adapter="x", holders={"a", "b"}).values()) == {"a", "b"}
+    assert set(first(IDLE, adapter="x", opened={"b": {"x"}}).values()) == {"b"}
+    assert set(first(IDLE, adapter="x", opened={"a": {"x"}, "b": {"x"}}).values()) == {"a", "b"}
     # Whoever has to open it is the same for every video.
     assert len(set(first(IDLE, adapter="x").values())) == 1
-    spilled = first({"a": 0, "b": 9, "c": 0}, adapter="x", holders={"b"})
+    spilled = first({"a": 0, "b": 9, "c": 0}, adapter="x", opened={"b": {"x"}})
     assert len(set(spilled.values())) == 1
     assert "b" not in spilled.values()
+
+
+def test_an_adapter_is_opened_where_fewest_are() -> None:
+    assert set(first(IDLE, adapter="x", opened={"a": {"y"}, "b": {"y", "z"}}).values()) == {"c"}
+    # It stays where it is, however many others are there.
+    assert set(first(IDLE, adapter="x", opened={"a": {"x", "y"}, "b": {"y"}}).values()) == {"a"}
 
 
 class Replica(SimpleNamespace):
