@@ -63,7 +63,7 @@ def test_what_a_command_needs_before_its_work_is_light() -> None:
 
 
 def test_the_engines_interface_loads_no_torch() -> None:
-    assert loaded_by("import valley_ray.engine.engine") == set()
+    assert loaded_by("import valley_ray.engine.engine, valley_ray.engine.open") == set()
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -26,7 +26,7 @@ class VllmSettings(Config):
     """Share of each GPU that weights and cache take together."""
     cache_bytes: int | None = Field(default=None, ge=1)
     """Keys and values of all requests, bytes; None: on a GPU what `gpu_memory_utilization` leaves, on a CPU what all
-    slots need at full length and as much again for prompts that come back."""
+    slots need at full length and as much again for prompts that come back, up to a quarter of the memory."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that share every layer."""
     compile: bool = True

@@ -9,7 +9,9 @@ thread-safe: one thread steps, adds and aborts. vLLM is imported when an engine 
 L prompt tokens, D hidden width.
 """
 
+import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +48,9 @@ class _Request:
     events: deque[TokenEvent] = field(default_factory=deque)
     """Come and not handed out."""
     num_tokens: int = 0
-    """That have come."""
+    """Of the answer, that have come or were there before."""
+    is_computed: bool = False
+    """Whether the first new token has come."""
 
     def receive(self, output: Any) -> None:
         """A RequestOutput with new tokens, one or more."""
@@ -98,8 +102,8 @@ class VllmEngine:
             raise ConfigError(f"expected at least one slot, got {num_slots=}")
         self.max_length = max_length
         self._core, self._num_slots, self._vocab_size = core, num_slots, int(config.vocab_size)
-        table = model.get_input_embeddings().weight
-        self._device, self._dtype = table.device, table.dtype
+        self._embed_tokens = model.get_input_embeddings()
+        self._device, self._dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         with TemporaryDirectory(prefix="valley-vllm-") as folder:
             arguments = _arguments(Path(folder), model, settings or VllmSettings(), num_slots, max_length)
             write_language_model(model, Path(folder))
@@ -138,10 +142,13 @@ class VllmEngine:
         assert request_id not in self._requests, f"{request_id=} is already in use"
         input_ids = torch.tensor(prompt.input_ids, dtype=torch.int64, device=self._device)
         visual = [tokens.to(self._device, self._dtype) for tokens in prompt.visual_tokens]
-        # A copy that no autograd mode clings to: it goes to another thread.
-        embeds = self._core.embed(input_ids, visual).cpu()
-        reader = self._vllm.ask(request_id, embeds, _sampling_params(params))
-        self._requests[request_id] = _Request(request_id, len(prompt.input_ids), params, reader)
+        embeds = self._core.embed(input_ids, visual)
+        if prompt.answered:
+            answered = torch.tensor(prompt.answered, dtype=torch.int64, device=self._device)
+            embeds = torch.cat([embeds, self._embed_tokens(answered)])
+        reader = self._vllm.ask(request_id, embeds.cpu(), _sampling_params(params, prompt.answered))
+        num_prompt_tokens, num_answered = len(embeds), len(prompt.answered)
+        self._requests[request_id] = _Request(request_id, num_prompt_tokens, params, reader, num_tokens=num_answered)
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -174,14 +181,18 @@ class VllmEngine:
 
     def _take(self, *, wait: bool) -> None:
         """Hand what has come to its requests; what comes for an aborted one is dropped."""
-        for request_id, output in self._vllm.arrived(_PATIENCE_S if wait else 0.0):
+        arrived = list(self._vllm.arrived(_PATIENCE_S if wait else 0.0))
+        if wait and not arrived and self._vllm.has_failed:
+            raise UnavailableError("vLLM's process has ended; its log says why")
+        for request_id, output in arrived:
             request = self._requests.get(request_id)
             if request is None:
                 continue
             if isinstance(output, BaseException):
                 reason = " ".join(str(output).split()) or type(output).__name__
                 raise UnavailableError(f"vLLM failed ({reason[:300]}); its log says why") from output
-            if not request.num_tokens:
+            if not request.is_computed:
+                request.is_computed = True
                 self.num_prompt_tokens += request.prompt_length
                 self.num_cached_tokens += output.num_cached_tokens or 0
             request.receive(output)
@@ -211,13 +222,16 @@ def _arguments(
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "kv_cache_memory_bytes": settings.cache_bytes,
     }
+    if settings.tensor_parallel_size > 1:
+        # Inside Ray it would look for GPUs of its own.
+        arguments["distributed_executor_backend"] = "mp"
     if _is_cpu_build():
         config: Any = model.config.get_text_config(decoder=True)
         # The smallest block of its CPU kernels: 128, its default, would find a video of 264 tokens only half as often.
         arguments["block_size"] = _CPU_BLOCK
-        arguments["kv_cache_memory_bytes"] = settings.cache_bytes or _cache_bytes(
-            config, model.dtype.itemsize, num_tokens=2 * num_slots * (max_length + _CPU_BLOCK)
-        )
+        needed = _cache_bytes(config, model.dtype.itemsize, num_tokens=2 * num_slots * (max_length + _CPU_BLOCK))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        arguments["kv_cache_memory_bytes"] = settings.cache_bytes or min(needed, memory // 4)
     return arguments
 
 
@@ -234,21 +248,21 @@ def _cache_bytes(config: Any, itemsize: int, *, num_tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * width * itemsize * num_tokens)
 
 
-def _sampling_params(params: SamplingParams) -> Any:
+def _sampling_params(params: SamplingParams, answered: Sequence[int]) -> Any:
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     from valley_ray.engine.vllm_sampling import extra_args
 
     return VllmSamplingParams(
-        max_tokens=params.max_tokens,
+        max_tokens=params.max_tokens - len(answered),
         temperature=0.0,
         stop_token_ids=list(params.stop_token_ids),
         ignore_eos=True,
         logprobs=params.logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args=extra_args(params),
+        extra_args=extra_args(params, answered),
     )
 
 

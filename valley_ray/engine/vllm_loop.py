@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from valley_ray.engine.vllm_owner import own
 from valley_ray.errors import ConfigError
 
 _ENVIRONMENT = {
@@ -42,6 +43,7 @@ class VllmLoop:
         """`arguments` are those of vLLM's AsyncEngineArgs; raises ConfigError where vLLM does not start with them."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        own()
         self._arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -71,6 +73,11 @@ class VllmLoop:
                 yield self._arrived.get_nowait()
         except queue.Empty:
             return
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether vLLM's process is gone; what was asked of it may then never arrive."""
+        return bool(self._llm.errored)
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache."""

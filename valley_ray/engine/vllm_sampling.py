@@ -6,7 +6,7 @@ engine, and not on how often vLLM used a generator. Log-probabilities are taken 
 N rows, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,24 +16,28 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.engine.sampling import choose_tokens
+from valley_ray.engine.vllm_owner import end_with_owner
 
 EXTRA_ARG = "valley_sampling"
 """Where vLLM's SamplingParams carry ours."""
 
 _FIELDS = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
 
-_Row = tuple[SamplingParams, list[int]]
-"""What a request wants, and its answer so far, which vLLM goes on writing."""
+_Row = tuple[SamplingParams, list[int], list[int]]
+"""What a request wants, the tokens that its answer had before, and those made here, which vLLM goes on writing."""
 
 
-def extra_args(params: SamplingParams) -> dict[str, Any] | None:
-    """What the engine process has to know about a request; None where the likeliest token is wanted."""
+def extra_args(params: SamplingParams, answered: Sequence[int] = ()) -> dict[str, Any] | None:
+    """What the engine process has to know about a request whose answer has the tokens `answered` already.
+
+    None where the likeliest token is wanted.
+    """
     chosen = {name: value for name, value in asdict(params).items() if name in _FIELDS}
     plain = asdict(SamplingParams())
     if all(chosen[name] == plain[name] for name in _FIELDS if name not in ("seed", "top_p", "top_k")):
         return None
     # Integers between processes have 64 bits; the draw takes the seed modulo 2**64 in any case.
-    return {EXTRA_ARG: {**chosen, "seed": params.seed % 2**64}}
+    return {EXTRA_ARG: {"params": {**chosen, "seed": params.seed % 2**64}, "answered": list(answered)}}
 
 
 class HouseSampling(LogitsProcessor):
@@ -41,6 +45,8 @@ class HouseSampling(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, _Row] = {}
+        # The first of our own code that runs in vLLM's process, and the only one that does in every case.
+        end_with_owner()
 
     def is_argmax_invariant(self) -> bool:
         """No: it is the choice."""
@@ -55,7 +61,8 @@ class HouseSampling(LogitsProcessor):
         if not self._rows:
             return logits
         rows = list(self._rows)
-        params, answers = zip(*self._rows.values(), strict=True)
+        params = [one for one, _, _ in self._rows.values()]
+        answers = [[*before, *new] for _, before, new in self._rows.values()]
         tokens = choose_tokens(logits[rows], params, [len(answer) for answer in answers], answers)
         logits[rows] = -torch.inf
         logits[rows, tokens] = 0.0
@@ -66,5 +73,5 @@ def _row_of(params: Any, prompt_token_ids: list[int] | None, answer: list[int]) 
     asked: Mapping[str, Any] | None = (params.extra_args or {}).get(EXTRA_ARG)
     if asked is None:
         return None
-    bias = tuple((token, amount) for token, amount in asked["logit_bias"])
-    return SamplingParams(**{**asked, "logit_bias": bias}), answer
+    bias = tuple((token, amount) for token, amount in asked["params"]["logit_bias"])
+    return SamplingParams(**{**asked["params"], "logit_bias": bias}), asked["answered"], answer

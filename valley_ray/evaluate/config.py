@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from valley_ray.config import Config
 from valley_ray.data.config import DecodeSettings
 from valley_ray.data.sources.config import SourceConfig
+from valley_ray.engine.open import EngineKind
 
 MetricName = Literal["exact_match", "qa_accuracy", "bleu", "rouge"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -49,6 +50,8 @@ class AnswerSettings(DecodeSettings):
     """Share of probability that tokens are drawn from, where temperature is above 0."""
     precision: Precision = "auto"
     """Numbers of the model; auto: float32 on a CPU, the folder's own on a GPU."""
+    engine: EngineKind = "slots"
+    """What makes the tokens: slots, or vllm where it is installed, an extra for GPUs."""
     num_slots: int = Field(default=16, ge=1)
     """Questions that one actor answers at once."""
     num_actors: int | None = Field(default=None, ge=1)

@@ -23,7 +23,7 @@ from valley_ray.answering import (
 )
 from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams
-from valley_ray.engine.slots import SlotEngine
+from valley_ray.engine.open import open_engine
 from valley_ray.errors import ValleyError
 from valley_ray.evaluate.config import AnswerSettings
 from valley_ray.model.valley import ValleyForConditionalGeneration
@@ -74,7 +74,13 @@ class AnswerRoom:
         settings: AnswerSettings,
     ) -> None:
         self._model, self._processor, self._frames = model.eval(), processor, frames
-        self._engine = SlotEngine(model.core, num_slots=settings.num_slots, max_length=processor.max_length)
+        self._engine = open_engine(
+            settings.engine,
+            model.core,
+            num_slots=settings.num_slots,
+            max_length=processor.max_length,
+            keep_weights=False,
+        )
         self._settings = settings
         self._visual_tokens: OrderedDict[ClipPlace, torch.Tensor] = OrderedDict()
 
