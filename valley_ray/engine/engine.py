@@ -35,7 +35,7 @@ class Prompt:
     """What changes the model for this request alone; its visual tokens have to be the adapter's own too."""
     answered: tuple[int, ...] = ()
     """Tokens that the answer has already, made by an engine that is gone: the next one is computed behind them, with
-    their positions, penalties and `max_tokens` counted as if they had been made here. SlotEngine only."""
+    their positions, penalties and `max_tokens` counted as if they had been made here."""
 
 
 @dataclass(frozen=True)

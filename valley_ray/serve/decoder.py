@@ -4,24 +4,24 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 import torch
 from ray.serve.handle import DeploymentHandle
 
-from valley_ray.answering import build_prompt, check_fit, complete_params, open_text_stream
-from valley_ray.engine.engine import FinishReason
-from valley_ray.engine.slots import SlotEngine
+from valley_ray.answering import build_prompt, check_fit, complete_params
+from valley_ray.engine.open import open_engine
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve import metrics
 from valley_ray.serve.answer_watch import AnswerWatch
-from valley_ray.serve.calls import PullCache
+from valley_ray.serve.calls import PullCache, check_version
 from valley_ray.serve.config import ServeConfig
+from valley_ray.serve.delta_writer import DeltaWriter
 from valley_ray.serve.encoder import RemoteEncoder, VisionEncoder, VisualTokenSource, open_model
 from valley_ray.serve.engine_thread import EngineThread
-from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef, TokenLogprob
+from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef
 from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.served_adapters import Served, ServedAdapters
-from valley_ray.serve.token_text import token_logprob
 
 
 class LanguageDecoder:
@@ -43,7 +43,14 @@ class LanguageDecoder:
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
         self._config = config
         self._max_length = config.max_length or processor.max_length
-        engine = SlotEngine(model.core, num_slots=config.num_slots, max_length=self._max_length)
+        engine = open_engine(
+            config.engine,
+            model.core,
+            num_slots=config.num_slots,
+            max_length=self._max_length,
+            vllm=config.vllm,
+            keep_weights=False,
+        )
         self._thread, self._num_stopped = EngineThread(engine, _tell_load), 0
         self._cache: PullCache[torch.Tensor] = PullCache(
             config.decoder_cache_bytes, lambda tokens: tokens.nbytes, name="decoder"
@@ -54,7 +61,8 @@ class LanguageDecoder:
 
         Raises what looking at the media raises, ConversationError and PromptTooLongError; all before the first delta.
         """
-        with AnswerWatch(self._config.name_under(request.adapter), request.sent_at) as watch:
+        sent_at = None if request.answered else request.sent_at
+        with AnswerWatch(self._config.name_under(request.adapter), sent_at) as watch:
             async with (
                 self._served.use(request.adapter) as served,
                 aclosing(self._deltas(request, served, watch)) as deltas,
@@ -65,6 +73,8 @@ class LanguageDecoder:
     async def _deltas(
         self, request: AnswerRequest, served: Served, watch: AnswerWatch
     ) -> AsyncGenerator[AnswerDelta, None]:
+        if request.answered:
+            check_version(request.answered_with, served.version)
         looks = zip(request.media, request.frames, strict=True)
         visual_tokens = await asyncio.gather(*(self._look_at(media, wish, served, watch) for media, wish in looks))
         if request.media:
@@ -73,25 +83,17 @@ class LanguageDecoder:
         prompt = build_prompt(processor, request.conversation, visual_tokens, adapter=served.weights)
         fit_into = self._max_length if request.fit_max_tokens else None
         params = complete_params(processor, request.params, prompt, fit_into=fit_into)
-        stream = open_text_stream(processor, params, request.stop)
-        text, num_tokens, logprobs = "", 0, list[TokenLogprob]()
-        before: int | None = None
+        writer = DeltaWriter(
+            request, processor, params, num_prompt_tokens=len(prompt.input_ids), version=served.version
+        )
         watch.asks_engine()
-        async with aclosing(self._thread.generate(prompt, params)) as events:
+        async with aclosing(self._thread.generate(replace(prompt, answered=request.answered), params)) as events:
             async for event in events:
-                num_tokens += 1
                 watch.token(len(prompt.input_ids), event.num_cached_tokens)
-                text += stream.push(event)
-                if event.logprob is not None and event.token_id not in params.stop_token_ids:
-                    logprobs.append(token_logprob(processor, event, before))
-                    before = event.token_id if logprobs[-1].utf8 is not None else before
-                reason: FinishReason | None = "stop" if stream.stopped else event.finish_reason
-                if reason is not None or (request.stream and text):
-                    counts = len(prompt.input_ids), num_tokens
-                    timings = None if reason is None else watch.ends(reason)
-                    yield AnswerDelta(text, *counts, reason, tuple(logprobs), event.num_cached_tokens, timings=timings)
-                    text, logprobs = "", []
-                if stream.stopped:
+                delta = writer.push(event, watch)
+                if delta is not None:
+                    yield delta
+                if writer.stopped:
                     self._num_stopped += event.finish_reason is None
                     break
 

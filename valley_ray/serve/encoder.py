@@ -20,6 +20,7 @@ from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
 from valley_ray.serve.sampler import Frames, FrameSource, RemoteSampler
+from valley_ray.serve.second_try import Crashes, ask_twice
 from valley_ray.serve.shelf import Shelf
 
 
@@ -129,15 +130,22 @@ class RemoteEncoder:
     """The VisionEncoder deployment as a VisualTokenSource."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+        self._handle, self._crashes = handle, Crashes()
 
     async def visual_tokens(
         self, media: MediaRef, sampling: FrameSampling, version: str, adapter: str | None = None
     ) -> EncodedMedia:
-        """As `VisionEncoder.visual_tokens`; OverloadedError or UnavailableError where no replica can be asked."""
-        with unwrapped():
-            encoded: EncodedMedia = await self._handle.visual_tokens.remote(media, sampling, version, adapter)
-        return encoded
+        """As `VisionEncoder.visual_tokens`; OverloadedError or UnavailableError where no replica can be asked.
+
+        A second replica is asked where one ends over it; ReplicaCrashError where both do.
+        """
+
+        async def ask() -> EncodedMedia:
+            with unwrapped():
+                encoded: EncodedMedia = await self._handle.visual_tokens.remote(media, sampling, version, adapter)
+            return encoded
+
+        return await ask_twice(self._crashes, media.key, ask)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from valley_ray.serve.calls import unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.keys import Keys, check_exposure
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest
+from valley_ray.serve.second_try import Asker
 
 
 @serve.ingress()
@@ -22,9 +23,10 @@ class Ingress:
     def __init__(self, config: ServeConfig, decoder: DeploymentHandle, keys: Keys) -> None:
         check_exposure(listening_host() or "0.0.0.0", keys, allow_no_keys=config.allow_no_keys)
         self._config, self._keys, self._decoder = config, keys, decoder.options(stream=True)
+        self._asker = Asker(self._answer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        backend = Backend(answer=self._answer, put=ray.put)
+        backend = Backend(answer=self._asker.answer, put=ray.put)
         return build_api(self._config, backend, keys=self._keys, behind_serve=True)
 
     async def _answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:

@@ -68,7 +68,6 @@ class Asker:
 
     Args:
         ask: deltas of one answer by some decoder.
-        can_resume: decoders take requests with `answered`; else a stream whose replica ends breaks off.
         most_waited_s: see `_MOST_WAITED_S`.
     """
 
@@ -76,10 +75,9 @@ class Asker:
         self,
         ask: Callable[[AnswerRequest], AsyncGenerator[AnswerDelta, None]],
         *,
-        can_resume: bool,
         most_waited_s: float = _MOST_WAITED_S,
     ) -> None:
-        self._ask, self._can_resume, self._most_waited_s = ask, can_resume, most_waited_s
+        self._ask, self._most_waited_s = ask, most_waited_s
         self._crashes = Crashes()
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
@@ -103,8 +101,6 @@ class Asker:
                     return
                 if troubles.ended_once_too_often():
                     raise self._crashes.add(key) from None
-                if request.answered and not self._can_resume:
-                    raise
             except OtherWeightsError:
                 # What one model has begun is never gone on with by another.
                 if request.answered_with or not troubles.can_wait():

@@ -1,6 +1,7 @@
 """LanguageDecoder without Ray: stop strings end a stream and free the engine's place."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 
 from valley_ray.chat import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
+from valley_ray.errors import OtherWeightsError
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
@@ -88,3 +90,28 @@ def test_log_probabilities_of_the_answer_come_with_its_text(tiny_valley: Path) -
 
 def test_without_the_wish_no_log_probabilities_come(whole: list[AnswerDelta]) -> None:
     assert all(delta.logprobs == () for delta in whole)
+
+
+def test_a_stream_goes_on_behind_what_another_decoder_sent(tiny_valley: Path) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=3, logprobs=2)
+    request = AnswerRequest("r", QUESTION, (), (), params, False, True)
+    config = ServeConfig(model=tiny_valley, weights_version="one")
+
+    async def read(decoder: LanguageDecoder, request: AnswerRequest) -> list[AnswerDelta]:
+        return [delta async for delta in decoder.answer(request)]
+
+    whole = asyncio.run(read(LanguageDecoder(config, SimpleNamespace()), request))
+    assert len(whole) > 10
+    other = LanguageDecoder(config, SimpleNamespace())
+    for num_sent in (1, 7, len(whole) - 1):
+        tokens = tuple(token for delta in whole[:num_sent] for token in delta.token_ids)
+        behind = replace(request, answered=tokens, answered_with="one")
+        rest = asyncio.run(read(other, behind))
+        assert [delta.text for delta in rest] == [delta.text for delta in whole[num_sent:]]
+        assert [delta.num_tokens for delta in rest] == [delta.num_tokens for delta in whole[num_sent:]]
+        assert [[one.text for one in delta.logprobs] for delta in rest] == [
+            [one.text for one in delta.logprobs] for delta in whole[num_sent:]
+        ]
+        assert rest[-1].num_prompt_tokens == whole[-1].num_prompt_tokens
+    with pytest.raises(OtherWeightsError):
+        asyncio.run(read(other, replace(behind, answered_with="two")))

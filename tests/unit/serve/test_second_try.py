@@ -64,14 +64,14 @@ def test_an_answer_whose_replica_ended_is_asked_for_again_or_goes_on() -> None:
         ([(4, DIED)], [()]),
     ):
         decoders = Decoders(script)
-        assert read(Asker(decoders.answer, can_resume=True)) == "".join(WORDS)
+        assert read(Asker(decoders.answer)) == "".join(WORDS)
         assert [one.answered for one in decoders.asked] == answered
         assert {one.answered_with for one in decoders.asked if one.answered} <= {"one"}
 
 
 def test_what_ended_two_replicas_is_refused_and_remembered() -> None:
     decoders = Decoders([(0, DIED), (0, DIED), (4, None)])
-    asker = Asker(decoders.answer, can_resume=True)
+    asker = Asker(decoders.answer)
     with pytest.raises(ReplicaCrashError, match="two replicas") as caught:
         read(asker)
     assert (caught.value.code, caught.value.http_status) == ("replica_crashed", 503)
@@ -84,39 +84,32 @@ def test_what_ended_two_replicas_is_refused_and_remembered() -> None:
 def test_replicas_that_end_again_and_again_are_too_many_at_last() -> None:
     decoders = Decoders([(1, DIED), (1, DIED), (1, DIED), (0, DIED), (4, None)])
     with pytest.raises(ReplicaCrashError):
-        read(Asker(decoders.answer, can_resume=True))
+        read(Asker(decoders.answer))
     assert len(decoders.asked) == 4
-
-
-def test_an_engine_that_cannot_go_on_breaks_its_stream_off() -> None:
-    decoders = Decoders([(2, DIED), (4, None)])
-    with pytest.raises(ReplicaDiedError):
-        read(Asker(decoders.answer, can_resume=False))
-    assert read(Asker(Decoders([(0, DIED), (4, None)]).answer, can_resume=False)) == "".join(WORDS)
 
 
 def test_a_redeploy_is_waited_for_unless_the_answer_has_begun() -> None:
     changing = OtherWeightsError("changing")
-    assert read(Asker(Decoders([(0, changing), (0, changing), (4, None)]).answer, can_resume=True)) == "".join(WORDS)
+    assert read(Asker(Decoders([(0, changing), (0, changing), (4, None)]).answer)) == "".join(WORDS)
     with pytest.raises(OtherWeightsError):
-        read(Asker(Decoders([(1, DIED), (0, changing), (4, None)]).answer, can_resume=True))
+        read(Asker(Decoders([(1, DIED), (0, changing), (4, None)]).answer))
     with pytest.raises(OtherWeightsError):
-        read(Asker(Decoders([(0, changing)] * 9).answer, can_resume=True, most_waited_s=0.5))
+        read(Asker(Decoders([(0, changing)] * 9).answer, most_waited_s=0.5))
 
 
 def test_a_full_server_says_so_at_once_but_not_to_an_answer_that_was_taken() -> None:
     full = OverloadedError("full")
     decoders = Decoders([(0, full), (4, None)])
     with pytest.raises(OverloadedError):
-        read(Asker(decoders.answer, can_resume=True))
+        read(Asker(decoders.answer))
     assert len(decoders.asked) == 1
-    assert read(Asker(Decoders([(2, DIED), (0, full), (4, None)]).answer, can_resume=True)) == "".join(WORDS)
+    assert read(Asker(Decoders([(2, DIED), (0, full), (4, None)]).answer)) == "".join(WORDS)
 
 
 def test_other_errors_are_not_asked_about_again() -> None:
     decoders = Decoders([(0, NotMediaError("x.mp4")), (4, None)])
     with pytest.raises(NotMediaError):
-        read(Asker(decoders.answer, can_resume=True))
+        read(Asker(decoders.answer))
     assert len(decoders.asked) == 1
 
 
