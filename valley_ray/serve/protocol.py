@@ -103,7 +103,7 @@ class Timings:
     """Where the time of an answer went, seconds; None: the stage did not run for it."""
 
     queue: float | None = None
-    """From the ingress to a decoder."""
+    """From the ingress to a decoder; None where it went on with what another one had begun."""
     media: float | None = None
     """Until the decoder had the visual tokens of all media; decoding and encoding are parts of it."""
     decode: float | None = None

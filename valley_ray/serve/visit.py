@@ -58,10 +58,11 @@ class Visit:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From the request's head to its first token."""
-        if self.timings is None or self.timings.first_token is None:
+        """From the request's head to its first token; None too where the answer was gone on with by another decoder,
+        since only the last one tells its times."""
+        if self.timings is None or self.timings.queue is None or self.timings.first_token is None:
             return None
-        return self.asked_seconds + (self.timings.queue or 0.0) + self.timings.first_token
+        return self.asked_seconds + self.timings.queue + self.timings.first_token
 
     def now(self) -> float:
         """Seconds since the request began."""

@@ -1,6 +1,7 @@
 """LanguageDecoder without Ray: stop strings end a stream and free the engine's place."""
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,7 +95,7 @@ def test_without_the_wish_no_log_probabilities_come(whole: list[AnswerDelta]) ->
 
 def test_a_stream_goes_on_behind_what_another_decoder_sent(tiny_valley: Path) -> None:
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=3, logprobs=2)
-    request = AnswerRequest("r", QUESTION, (), (), params, False, True)
+    request = AnswerRequest("r", QUESTION, (), (), params, False, True, sent_at=time.time())
     config = ServeConfig(model=tiny_valley, weights_version="one")
 
     async def read(decoder: LanguageDecoder, request: AnswerRequest) -> list[AnswerDelta]:
@@ -102,6 +103,7 @@ def test_a_stream_goes_on_behind_what_another_decoder_sent(tiny_valley: Path) ->
 
     whole = asyncio.run(read(LanguageDecoder(config, SimpleNamespace()), request))
     assert len(whole) > 10
+    assert whole[-1].timings.queue is not None
     other = LanguageDecoder(config, SimpleNamespace())
     for num_sent in (1, 7, len(whole) - 1):
         tokens = tuple(token for delta in whole[:num_sent] for token in delta.token_ids)
@@ -113,5 +115,7 @@ def test_a_stream_goes_on_behind_what_another_decoder_sent(tiny_valley: Path) ->
             [one.text for one in delta.logprobs] for delta in whole[num_sent:]
         ]
         assert rest[-1].num_prompt_tokens == whole[-1].num_prompt_tokens
+        # The time until a decoder had it includes what the first one did.
+        assert rest[-1].timings.queue is None
     with pytest.raises(OtherWeightsError):
         asyncio.run(read(other, replace(behind, answered_with="two")))

@@ -83,6 +83,16 @@ async def test_the_slowest_of_several_choices_is_told(lines: pytest.LogCaptureFi
     assert last(lines)[1]["answer_ms"] == "7000.0"
 
 
+async def test_an_answer_that_another_decoder_began_has_no_first_token(
+    log: MetricLog, lines: pytest.LogCaptureFixture
+) -> None:
+    await send(app(Recorder(timed(timings=replace(TIMINGS, queue=None)))), json=HELLO)
+    details = last(lines)[1]
+    assert "answer_ms" in details
+    assert not {"ttft_ms", "queue_ms"} & details.keys()
+    assert not log.durations(metrics.FIRST_TOKEN_SECONDS, model="tiny")
+
+
 async def test_media_that_was_found_has_its_time(log: MetricLog, lines: pytest.LogCaptureFixture) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     content = [image, {"type": "text", "text": "what?"}]
