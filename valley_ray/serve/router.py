@@ -101,7 +101,9 @@ def _key_of(args: Sequence[Any]) -> str:
 
 def _of_version(replicas: list[RunningReplica], args: Sequence[Any]) -> list[RunningReplica]:
     """Those that have the weights that a call is about; all where there are none, to be told so."""
-    if len(args) < 3 or not isinstance(args[0], MediaRef):
+    first = args[0] if args else None
+    asked = first.answered_with if isinstance(first, AnswerRequest) else str(args[2]) if len(args) > 2 else ""
+    version = asked.partition("+")[0]
+    if not version:
         return replicas
-    version = str(args[2]).partition("+")[0]
     return [one for one in replicas if one.replica_metadata.get("version", version) == version] or replicas

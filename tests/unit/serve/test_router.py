@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +172,9 @@ def test_a_call_goes_to_replicas_of_its_version_while_there_are_some(version: st
         router = router_of(Replica("a", "old"), Replica("b", "new"), Replica("c", "old"))
         sampling = FrameSampling(num_frames=2)
         assert {await chosen(router, clip(key), sampling, version) for key in KEYS[:10]} == {"b"}
+        begun = [replace(question(key), answered=(1,), answered_with=version) for key in KEYS[:10]]
+        assert {await chosen(router, one) for one in begun} == {"b"}
+        assert len({await chosen(router, question(key)) for key in KEYS[:10]}) > 1
         assert len({await chosen(router, clip(key), sampling, "newest") for key in KEYS[:10]}) > 1
 
     asyncio.run(body())
