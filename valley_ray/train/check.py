@@ -5,15 +5,17 @@ Reads files of the model folder and of the data, never a whole weight; knows no 
 """
 
 import importlib.util
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from valley_ray.config import validate_config
-from valley_ray.data.config import PipelineConfig
-from valley_ray.data.shards import WindowStore
 from valley_ray.errors import CheckpointError, ConfigError
+from valley_ray.train.check_data import check_batch as check_batch
+from valley_ray.train.check_data import check_data
+from valley_ray.train.check_data import check_draws as check_draws
+from valley_ray.train.check_data import pipeline_config as pipeline_config
 from valley_ray.train.config import TrainConfig
-from valley_ray.train.order import check_weights
+from valley_ray.train.places import check_places
 from valley_ray.train.stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -35,19 +37,20 @@ def check_run(config: TrainConfig) -> tuple[str, ...]:
         CheckpointError: the model folder, its tower or its processor cannot be opened.
     """
     check_folders(config)
+    check_places(config)
     if config.trackers:
         from valley_ray.train.trackers import check_trackers
 
         check_trackers(config.trackers)
     model_config = _check_model(config)
     processor = _check_processor(config)
-    _check_data(config, processor)
+    check_data(config, processor)
     check_parts(config, model_config)
     if config.evaluation is not None:
         from valley_ray.evaluate.evaluation import check_split
 
         check_split(config.evaluation)
-    return _check_projector(config)
+    return (*_check_projector(config), *_adapter_warnings(config))
 
 
 def check_folders(config: TrainConfig) -> None:
@@ -56,35 +59,12 @@ def check_folders(config: TrainConfig) -> None:
         raise ConfigError(
             f"model={str(config.model)!r} is no model folder (no {MODEL_FILE} in it); make or copy one there"
         )
-    if config.output.absolute() == config.model.absolute():
+    if config.output.resolve() == config.model.resolve():
         raise ConfigError(f"output and model are the same folder {str(config.model)!r}; name another output")
     if config.output.is_file():
         raise ConfigError(f"output={str(config.output)!r} is a file; name a folder")
     if config.output.exists() and not (config.output / MODEL_FILE).is_file() and any(config.output.iterdir()):
         raise ConfigError(f"output={str(config.output)!r} holds something else than a model; name another folder")
-
-
-def pipeline_config(config: TrainConfig) -> PipelineConfig | None:
-    """The settings of the data pipeline beside the training; None in mode shards.
-
-    Raises:
-        ConfigError: a setting that the pipeline does not know or take, or another model than the training's.
-    """
-    if config.data.mode != "overlap":
-        return None
-    values = {"model": config.model, **(config.data.pipeline or {})}
-    settings = validate_config(PipelineConfig, values, source="data.pipeline")
-    if settings.model.resolve() != config.model.resolve():
-        raise ConfigError(f"data.pipeline.model={str(values['model'])!r} differs from {config.model=!s}; leave it out")
-    return settings
-
-
-def check_batch(config: TrainConfig, num_samples: int, *, what: str) -> None:
-    """Refuse a batch that is larger than the data; `what` says what the samples are."""
-    if num_samples < config.global_batch_size:
-        raise ConfigError(
-            f"global_batch_size={config.global_batch_size} is larger than the data, {num_samples} {what}; lower it"
-        )
 
 
 def check_parts(config: TrainConfig, model_config: "ValleyConfig") -> None:
@@ -123,6 +103,18 @@ def _check_adapter(config: TrainConfig) -> None:
         raise ConfigError(f"{quantized} needs bitsandbytes, which is not installed; pip install 'valley-ray[qlora]'")
 
 
+def _adapter_warnings(config: TrainConfig) -> Iterator[str]:
+    if not any("lora" in stage.parts for stage in config.stages):
+        return
+    for stage in config.stages:
+        if outside := sorted(stage.parts & {"layers", "lm_head", "language_model", "tower"}):
+            yield (
+                f"no adapter folder is written, the model folder alone: stage {stage.name} trains "
+                f"{', '.join(outside)}, which an adapter does not hold"
+            )
+            return
+
+
 def has_package(name: str) -> bool:
     """Whether a package can be imported."""
     return importlib.util.find_spec(name) is not None
@@ -158,49 +150,6 @@ def _check_processor(config: TrainConfig) -> "ValleyProcessor":
     except ConfigError as error:
         raise ConfigError(f"{config.model / 'processor_config.json'}: {error}") from error
     return processor
-
-
-def _check_data(config: TrainConfig, processor: "ValleyProcessor") -> None:
-    settings = pipeline_config(config)
-    if settings is None:
-        _check_store(config, processor)
-        return
-    from valley_ray.media.preprocess import check_one_size
-
-    check_one_size(video_crop=processor.video_crop, image_crop=processor.image_crop)
-    for path in settings.records:
-        if not path.is_file():
-            raise ConfigError(f"data.pipeline.records: {path} is not there; check the path")
-    for folder in settings.media_root:
-        if not folder.is_dir():
-            raise ConfigError(f"data.pipeline.media_root: {folder} is no folder; check the path")
-    check_weights(config.data.weights, dict.fromkeys(settings.source_names, 0))
-
-
-def _check_store(config: TrainConfig, processor: "ValleyProcessor") -> None:
-    folder = config.data.windows_dir
-    assert folder is not None, "mode shards has a windows_dir"
-    store = WindowStore(folder)
-    manifests = store.committed()
-    if not manifests or not manifests[-1].is_last:
-        raise ConfigError(
-            f"data.windows_dir={str(folder)!r} holds {len(manifests)} windows and no last one; run the data pipeline "
-            f"to its end, or set data.mode=overlap{_stores_below(folder)}"
-        )
-    info = store.info()
-    if info is not None and info.parts.get("processor") != processor.fingerprint:
-        raise ConfigError(
-            f"the windows in {str(folder)!r} were made with another processor than that of {str(config.model)!r}; run "
-            "the data pipeline with this model"
-        )
-    check_weights(config.data.weights, info.sources if info is not None else {})
-    check_batch(config, sum(manifest.num_ok for manifest in manifests), what="ok samples")
-
-
-def _stores_below(folder: Path) -> str:
-    """Names a store where the folder of a prepared data set was given instead."""
-    found = sorted(path.parent for path in folder.glob("windows/*/store.json"))
-    return f"; did you mean {str(found[-1])!r}?" if found else ""
 
 
 def _check_projector(config: TrainConfig) -> tuple[str, ...]:

@@ -50,12 +50,13 @@ def report_run(config: TrainConfig) -> RunReport:
     """
     from valley_ray.model.checkpoint import read_model_config
     from valley_ray.processor import ValleyProcessor
-    from valley_ray.train.check import check_batch
+    from valley_ray.train.check import check_batch, check_draws
 
     warnings = check_run(config)
     model_config = read_model_config(config.model)
     data = read_facts(config, ValleyProcessor.from_pretrained(config.model))
     check_batch(config, data.num_samples, what="records" if config.data.mode == "overlap" else "ok samples")
+    check_draws(config, data.sources)
     stages = tuple(forecast_stage(model_config, config, stage) for stage in config.stages)
     # Where nothing is drawn more or less often, failed rows of a store are known not to count.
     rows = data.sources if config.data.weights else data.num_samples
@@ -118,7 +119,7 @@ def _warnings(report: RunReport) -> Iterator[str]:
     if config.pack_tokens is None and slots < config.max_workers:
         yield (
             f"{config.max_workers - slots} of {config.max_workers} workers have nothing to do: global_batch_size / "
-            f"micro_batch_size is {slots}; lower micro_batch_size"
+            f"micro_batch_size is {slots}; lower {'micro_batch_size' if config.micro_batch_size > 1 else 'num_workers'}"
         )
     if config.checkpoint_every is None and config.max_failures:
         yield "checkpoint_every is null: a worker's death begins the run again"

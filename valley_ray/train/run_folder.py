@@ -4,10 +4,16 @@ Checkpoints go to the file system directly, through Ray Train; the small files t
 written to a local folder, which is the run's own where that is local, and copied from there where it is not.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
+import os
 import posixpath
+import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +23,18 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalF
 
 from valley_ray.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
 """File systems that pyarrow brings along; the others are fsspec's."""
+_UNFIT_SCHEMES = ("memory", "http", "https", "data")
+"""Those that every process has its own of, or that take no files."""
 ATTEMPTS_FILE = "attempts.jsonl"
 """A line for every time that workers began: at the start, and after each death."""
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints that count."""
+LOCK_FILE = "driver.lock"
+"""Held by the process that drives the run."""
 _LAST_SNAPSHOT_FILE = f"{SNAPSHOT_FILE}.last"
 
 
@@ -97,12 +109,43 @@ def run_folder(storage: str, name: str, *, local: Path | None = None) -> RunFold
         path = Path(storage).expanduser().absolute() / name
         return RunFolder(str(path), LocalFileSystem(), path.as_posix(), path)
     filesystem, folder = _filesystem(storage)
+    if not folder.strip("/") or storage.partition("://")[0].lower() in _UNFIT_SCHEMES:
+        raise ConfigError(f"storage={storage!r} cannot keep a run; name a folder or a URL of a bucket")
     url, path_there = f"{storage.rstrip('/')}/{name}", f"{folder.rstrip('/')}/{name}"
     if isinstance(filesystem, LocalFileSystem):
         return RunFolder(path_there, filesystem, path_there, Path(path_there))
     if local is None:
         local = Path(tempfile.gettempdir()) / f"valley-run-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return RunFolder(url, filesystem, path_there, local)
+
+
+@contextlib.contextmanager
+def driven(folder: RunFolder) -> Iterator[None]:
+    """Drive the run alone for the time of the `with` block, as far as its folder is on a disk that knows locks; the
+    lock ends with the process at the latest.
+
+    Raises:
+        ConfigError: another process drives it.
+    """
+    if not folder.is_local:
+        yield
+        return
+    folder.local.mkdir(parents=True, exist_ok=True)
+    with (folder.local / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"run_name={folder.name} is being trained already in {folder.url}, by {file.read() or 'a process'}; "
+                "wait for its end or take another run_name"
+            ) from error
+        except OSError:
+            logger.warning("%s: this disk knows no locks; start no other training of this name meanwhile", folder.url)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def remove_uncommitted(folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ Ray cluster (the caller does).
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from valley_ray.data.shards import WindowManifest, WindowStore
 from valley_ray.errors import ConfigError, TrainingError, ValleyError
-from valley_ray.train.check import check_batch, check_run, pipeline_config
+from valley_ray.train.check import check_batch, check_draws, check_run, pipeline_config
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.fit import fit
 from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
@@ -88,6 +89,7 @@ def train(config: TrainConfig) -> TrainResult:
     if config.data.mode == "overlap":
         with _Pipeline(config) as pipeline:
             check_batch(config, pipeline.num_samples, what="records")
+            check_draws(config, pipeline.sources)
             summary = fit(config, folder, pipeline.windows_dir)
     else:
         assert config.data.windows_dir is not None, "mode shards has a windows_dir"
@@ -142,6 +144,8 @@ class _Pipeline:
         self.summary: PipelineSummary | None = None
         self.num_samples = 0
         """Rows of the store, known once it is laid out."""
+        self.sources: Mapping[str, int] = {}
+        """The same by source."""
 
     def __enter__(self) -> Self:
         """Returns once the store is laid out, so that what cannot be read at all is said before any worker starts."""
@@ -152,7 +156,7 @@ class _Pipeline:
         self._raise()
         info = store.info()
         assert info is not None, "a pipeline that ends well has laid out its store"
-        self.num_samples = info.num_samples
+        self.num_samples, self.sources = info.num_samples, info.sources
         return self
 
     def __exit__(

@@ -125,6 +125,34 @@ def test_model_folders_that_cannot_be_trained_are_refused(
     refused(config(model=tmp_path), f"valley-ray compose --tower TOWER --language-model {tmp_path}", CheckpointError)
 
 
+def test_an_output_that_would_take_something_away_is_refused(
+    config: Callable[..., TrainConfig], tiny_valley: Path, store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(tiny_valley)
+    refused(config(output=tmp_path / "link"), "same folder")
+    shutil.copytree(tiny_valley, tmp_path / "held")
+    shutil.copytree(tiny_valley, tmp_path / "held" / "model")
+    held = config(model=tmp_path / "held" / "model", output=tmp_path / "held" / "model" / "..")
+    refused(held, f"model {tmp_path / 'held' / 'model'} lies in it")
+    runs = str(tmp_path / "out" / "runs")
+    refused(config(storage=runs, run_name="one"), f"the folder of the run {runs}/one lies in it; name another output")
+    refused(config(storage=str(tmp_path), run_name="out"), "the folder of the run")
+    shutil.copytree(tiny_valley, tmp_path / "both")
+    shutil.copytree(store, tmp_path / "both" / "store")
+    refused(config(output=tmp_path / "both", data=DataConfig(windows_dir=tmp_path / "both" / "store")), "windows_dir")
+    inside = config(output=tmp_path / "held" / "model" / "out", model=tmp_path / "held" / "model")
+    assert check_run(inside) == ()
+
+
+def test_folders_that_cannot_be_written_are_named(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(config(output=tmp_path / "file" / "out"), f"{tmp_path / 'file'} is a file; name a folder")
+    refused(config(storage=str(tmp_path / "file")), "storage=")
+    refused(config(storage="/proc/runs"), "nothing can be written to /proc")
+    refused(config(storage="nosuch://bucket/runs"), "cannot be used")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_settings_for_answering_alone_are_refused(
     config: Callable[..., TrainConfig], changed_model: Callable[..., Path]
 ) -> None:
@@ -166,6 +194,12 @@ def test_adapters_that_do_not_go_with_zero_or_with_the_stage_are_refused(
     assert check_run(config(stages=(LORA,), zero_stage=3, lora={"use_dora": True})) == ()
 
 
+def test_an_adapter_that_cannot_stand_alone_is_a_warning(config: Callable[..., TrainConfig]) -> None:
+    (warning,) = check_run(config(stages=(FIRST, SECOND, LORA)))
+    assert "no adapter folder is written" in warning
+    assert "stage second trains layers" in warning
+
+
 def test_a_tracker_that_is_not_installed_is_named(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,10 +215,26 @@ def test_stores_that_cannot_be_trained_on_are_refused(
     shutil.copytree(store, tmp_path / "windows" / "abc")
     refused(config(data=DataConfig(windows_dir=tmp_path)), f"did you mean {str(tmp_path / 'windows' / 'abc')!r}?")
     refused(config(global_batch_size=14), "larger than the data, 12 ok samples")
+    refused(config(pack_tokens=16), "tokens, pack_tokens=16; raise it")
+    broken = make_store(tmp_path / "broken", tiny_valley, num_samples=2, failed=(0, 1))
+    refused(config(data=DataConfig(windows_dir=broken)), "no sample of")
+    rare = FIRST.model_copy(update={"max_steps": None, "epochs": 1})
+    weighted = DataConfig(windows_dir=store, weights={"records.json": 0.01})
+    refused(config(stages=(rare,), data=weighted), "data.weights draw no sample in 1 epochs of stage first")
     other = ValleyProcessor.from_pretrained(tiny_valley, settings={"system_prompt": "Another."})
     shutil.copytree(tiny_valley, tmp_path / "model")
     other.save_pretrained(tmp_path / "model")
     refused(config(model=tmp_path / "model"), "made with another processor")
+
+
+def test_a_store_that_has_lost_files_is_refused(
+    config: Callable[..., TrainConfig], store: Path, tmp_path: Path
+) -> None:
+    damaged = shutil.copytree(store, tmp_path / "damaged")
+    (damaged / "shard-00001.arrow").unlink()
+    refused(config(data=DataConfig(windows_dir=damaged)), "1 shards of the windows")
+    (damaged / "store.json").unlink()
+    refused(config(data=DataConfig(windows_dir=damaged)), "has lost its store.json")
 
 
 def test_files_that_are_not_there_are_named(config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from valley_ray.errors import ConfigError
-from valley_ray.train.run_folder import SNAPSHOT_FILE, keep_snapshot, record_attempt, remove_uncommitted, run_folder
+from valley_ray.train.run_folder import (
+    SNAPSHOT_FILE,
+    driven,
+    keep_snapshot,
+    record_attempt,
+    remove_uncommitted,
+    run_folder,
+)
 
 
 def test_a_path_and_its_file_url_are_the_same_folder(tmp_path: Path) -> None:
@@ -36,6 +44,12 @@ def test_an_unknown_file_system_is_named_with_the_fix() -> None:
     with pytest.raises(ConfigError, match="storage='nosuch://bucket/runs' cannot be used") as caught:
         run_folder("nosuch://bucket/runs", "run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("storage", ["memory://runs", "http://127.0.0.1/runs", "s3://"])
+def test_a_place_that_cannot_keep_a_run_is_named(storage: str) -> None:
+    with pytest.raises(ConfigError, match=f"storage='{storage}' cannot keep a run"):
+        run_folder(storage, "run")
 
 
 def test_a_cut_off_list_of_checkpoints_is_brought_back_and_half_uploads_go(tmp_path: Path) -> None:
@@ -68,3 +82,12 @@ def test_a_first_list_that_was_cut_off_means_a_run_from_the_start(tmp_path: Path
 def test_a_new_run_has_nothing_to_remove(tmp_path: Path) -> None:
     remove_uncommitted(run_folder(str(tmp_path / "nothing"), "run"))
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_is_driven_by_one_process(tmp_path: Path) -> None:
+    folder = run_folder(str(tmp_path), "run")
+    said = f"run_name=run is being trained already .* by process {os.getpid()} of"
+    with driven(folder), pytest.raises(ConfigError, match=said), driven(run_folder(str(tmp_path), "run")):
+        pass
+    with driven(folder):
+        pass
