@@ -7,6 +7,9 @@ from valley_ray.serve.answer_watch import AnswerWatch
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, TokenLogprob
 from valley_ray.serve.token_text import token_logprob, token_text
 
+_MOST_UNSENT = 32
+"""Tokens that an answer which is not streamed may lose, and make anew, where its replica ends."""
+
 
 class DeltaWriter:
     """Takes one token after the other.
@@ -51,7 +54,8 @@ class DeltaWriter:
             self._logprobs.append(token_logprob(self._processor, event, self._before))
             self._before = event.token_id if self._logprobs[-1].utf8 is not None else self._before
         reason: FinishReason | None = "stop" if self.stopped else event.finish_reason
-        if reason is None and not (self._is_stream and self._text):
+        is_due = len(self._token_ids) >= _MOST_UNSENT or (self._is_stream and self._text)
+        if reason is None and not is_due:
             return None
         delta = AnswerDelta(
             self._text,
@@ -59,8 +63,8 @@ class DeltaWriter:
             self._num_tokens,
             reason,
             tuple(self._logprobs),
-            event.num_cached_tokens,
-            token_ids=tuple(self._token_ids) if self._is_stream else (),
+            min(event.num_cached_tokens, self._num_prompt_tokens),
+            token_ids=tuple(self._token_ids),
             version=self._version,
             timings=None if reason is None else watch.ends(reason),
         )

@@ -98,6 +98,8 @@ class DeploymentConfig(Config):
             "graceful_shutdown_timeout_s": self.drain_timeout_s,
             # How often a leaving replica looks whether its requests are done; Serve's 2 s add up over the deployments.
             "graceful_shutdown_wait_loop_s": 0.25,
+            # By this a replica that died is noticed and replaced; where it was the only one, requests wait for it.
+            "health_check_period_s": 2.0,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
             **({} if router is None else {"request_router_config": dict(router)}),
         }

@@ -63,7 +63,7 @@ class AnswerRequest:
     fit_max_tokens: bool
     """The client named no limit: lower `max_tokens` to what fits."""
     stream: bool
-    """Deltas as they become certain, or one at the end."""
+    """Deltas as they become certain, or few; the last one is the answer's end in any case."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the model's own."""
     adapter: str | None = None
@@ -135,7 +135,7 @@ class AnswerDelta:
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed anew."""
     token_ids: tuple[int, ...] = ()
-    """The tokens since the last delta, of streams."""
+    """The tokens since the last delta."""
     version: str = ""
     """Of the weights that made them."""
     timings: Timings | None = None
