@@ -249,6 +249,8 @@ def _run_key(settings: AnswerSettings, model: Path, processor: "ValleyProcessor"
     """Names the model, as its files are now, and the settings that answers depend on."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model.iterdir())
     names = {"max_tokens", "precision", "temperature", "top_p"} | ({"seed"} if settings.temperature else set())
+    # Two engines round differently. Ledgers from before there were two go on.
+    names |= {"engine"} if settings.engine != "slots" else set()
     decides = settings.model_dump(mode="json", include=names)
     text = json.dumps([str(model), files, processor.fingerprint, decoding, decides], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

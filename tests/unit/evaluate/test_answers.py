@@ -13,6 +13,7 @@ from PIL import Image
 from valley_ray.assistant import Assistant
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.data.journal import BlockJournal
+from valley_ray.data.schema import CLIPS_SCHEMA
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import CheckpointError, DataError
 from valley_ray.evaluate import room
@@ -160,6 +161,14 @@ def test_answers_of_another_model_or_other_settings_are_others(
     assert shorter.num_answered == 11
     assert predictions(shorter) != predictions(before)
     assert len(list((output / ANSWERS_DIR).iterdir())) == 2
+
+
+def test_answers_of_another_engine_are_others(tiny_valley: Path, records: Path, tmp_path: Path) -> None:
+    clips = CLIPS_SCHEMA.empty_table()
+    changes: list[dict[str, str]] = [{}, {"engine": "slots"}, {"engine": "vllm"}]
+    settled = [settings(records, **change) for change in changes]
+    first, same, other = (Work(one, tiny_valley, tmp_path / "shards", tmp_path, clips).directory for one in settled)
+    assert first == same != other
 
 
 def test_what_failed_is_asked_again_on_request_and_then_counts(tiny_valley: Path, tmp_path: Path) -> None:
