@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from valley_ray.config import Config, apply_overrides, read_yaml, validate_config
+from valley_ray.config import COMMAND_LINE, Config, apply_overrides, read_yaml, validate_config
 from valley_ray.engine.open import EngineKind, VllmSettings
 from valley_ray.media.decode import Backend
 from valley_ray.media.sampling import FrameSampling
@@ -109,6 +109,19 @@ class ServeConfig(Config):
     adapter_versions: Mapping[str, str] = Field(default_factory=dict)
     """Set where the application is built: the same of every adapter."""
 
+    @model_validator(mode="after")
+    def _fits_the_engine(self) -> Self:
+        if self.engine == "slots":
+            if self.vllm is not None:
+                raise ValueError("vllm are settings of the engine vllm, but engine is slots; set engine: vllm")
+            return self
+        if self.adapters:
+            raise ValueError("the engine vllm serves no adapters; merge them (valley-ray merge-lora) or use slots")
+        num_gpus = self.vllm.tensor_parallel_size if self.vllm is not None else 1
+        if num_gpus > 1 and self.decoder.num_gpus < num_gpus:
+            raise ValueError(f"vllm.tensor_parallel_size={num_gpus} needs decoder.num_gpus={num_gpus} or more")
+        return self
+
     @property
     def served_name(self) -> str:
         """The model name that requests say."""
@@ -166,4 +179,4 @@ def read_serve_file(path: Path | None, overrides: Sequence[str] = ()) -> tuple[S
         file = validate_config(ServeFile, read_yaml(path), source=str(path))
         http, values = file.http_options, file.applications[0].args
     apply_overrides(values, overrides)
-    return validate_config(ServeConfig, values, source=str(path or "the command line")), http
+    return validate_config(ServeConfig, values, source=str(path or COMMAND_LINE), overrides=overrides), http

@@ -74,9 +74,10 @@ class EngineThread:
             self._work.put(lambda: self._abort(request_id))
 
     def close(self) -> None:
-        """Stop after the step in progress and wait for the thread."""
+        """Stop after the step in progress, wait for the thread and close the engine."""
         self._work.put(None)
         self._thread.join()
+        self._engine.close()
 
     def _run(self) -> None:
         self._tell_load()
