@@ -45,8 +45,8 @@ def read_words(
         "sources": [{"path": one} for one in inputs],
         "media_root": media_root,
         "output": output,
+        "question": next(reversed(_after(QUESTION, words)), None),
     }
-    named["question"] = next(reversed(_after(QUESTION, words)), None)
     values = (read_yaml(path) if path is not None else {}) | {name: value for name, value in named.items() if value}
     apply_overrides(values, overrides)
     source = str(path) if path is not None else COMMAND_LINE
