@@ -54,7 +54,8 @@ class DeltaWriter:
             self._logprobs.append(token_logprob(self._processor, event, self._before))
             self._before = event.token_id if self._logprobs[-1].utf8 is not None else self._before
         reason: FinishReason | None = "stop" if self.stopped else event.finish_reason
-        is_due = len(self._token_ids) >= _MOST_UNSENT or (self._is_stream and self._text)
+        # The first token tells the ingress that this request breaks no replica.
+        is_due = (self._is_stream and self._text) or self._num_tokens == 1 or len(self._token_ids) >= _MOST_UNSENT
         if reason is None and not is_due:
             return None
         delta = AnswerDelta(

@@ -8,8 +8,8 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,6 +24,8 @@ _MOST_REMEMBERED = 1000
 _MOST_ENDED = 4
 """Replicas that may end under one answer, although it went on in between."""
 _PAUSE_S = 0.25
+_PATIENCE_S = 5.0
+"""How long an answer whose replica ended waits until others of its kind have their first token, seconds."""
 _MOST_WAITED_S = 120.0
 """How long an answer that was accepted waits for a place elsewhere, or for a redeploy to get further, seconds."""
 
@@ -78,7 +80,7 @@ class Asker:
         most_waited_s: float = _MOST_WAITED_S,
     ) -> None:
         self._ask, self._most_waited_s = ask, most_waited_s
-        self._crashes = Crashes()
+        self._crashes, self._suspects = Crashes(), asyncio.Lock()
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         """Deltas of one answer, each once.
@@ -90,8 +92,9 @@ class Asker:
         troubles, is_whole = _Troubles(self._most_waited_s), False
         while True:
             try:
-                async with aclosing(self._ask(request)) as deltas:
+                async with self._turn(troubles) as turn, aclosing(self._ask(request)) as deltas:
                     async for delta in deltas:
+                        turn.close()
                         request, is_whole = _behind(request, delta), delta.finish_reason is not None
                         troubles.num_in_vain = 0
                         yield delta
@@ -111,6 +114,18 @@ class Asker:
                 if not troubles.was_taken or not troubles.can_wait():
                     raise
                 await troubles.wait()
+
+    @asynccontextmanager
+    async def _turn(self, troubles: "_Troubles") -> AsyncIterator[ExitStack]:
+        """Until the stack is closed no other request is tried again: what ended one replica must not end the next with
+        everybody who was beside it."""
+        with ExitStack() as turn:
+            if troubles.num_in_vain:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE_S):
+                        await self._suspects.acquire()
+                    turn.callback(self._suspects.release)
+            yield turn
 
 
 @dataclass

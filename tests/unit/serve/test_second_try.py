@@ -81,6 +81,42 @@ def test_what_ended_two_replicas_is_refused_and_remembered() -> None:
     assert read(asker, replace(REQUEST, conversation=Conversation((Message("user", "Else?"),)))) == "".join(WORDS)
 
 
+def test_what_ends_its_replica_takes_nobody_along_twice() -> None:
+    ended = asyncio.Event()
+
+    async def answer(request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
+        """One replica at a time: it ends under everybody as soon as the bad request has been with it for a moment."""
+        nonlocal ended
+        replica = ended
+        for place in range(len(request.answered), len(WORDS)):
+            try:
+                async with asyncio.timeout(0.005 if request.request_id == "bad" else 0.02):
+                    await replica.wait()
+                raise DIED
+            except TimeoutError:
+                pass
+            if request.request_id == "bad":
+                replica.set()
+                ended = asyncio.Event()
+                raise DIED
+            reason = "stop" if place == len(WORDS) - 1 else None
+            yield AnswerDelta(WORDS[place], 3, place + 1, reason, token_ids=(place,), version="one")
+
+    async def body() -> list[str | BaseException]:
+        asker = Asker(answer)
+
+        async def text(name: str) -> str:
+            asked = replace(REQUEST, request_id=name, conversation=Conversation((Message("user", name),)))
+            return "".join([delta.text async for delta in asker.answer(asked)])
+
+        names = ["a", "b", "c", "bad", "d", "e"]
+        return await asyncio.gather(*map(text, names), return_exceptions=True)
+
+    results = asyncio.run(body())
+    assert isinstance(results.pop(3), ReplicaCrashError)
+    assert results == ["".join(WORDS)] * 5
+
+
 def test_replicas_that_end_again_and_again_are_too_many_at_last() -> None:
     decoders = Decoders([(1, DIED), (1, DIED), (1, DIED), (0, DIED), (4, None)])
     with pytest.raises(ReplicaCrashError):
