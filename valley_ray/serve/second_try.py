@@ -25,7 +25,7 @@ _MOST_ENDED = 4
 """Replicas that may end under one answer, although it went on in between."""
 _PAUSE_S = 0.25
 _PATIENCE_S = 5.0
-"""How long an answer whose replica ended waits until others of its kind have their first token, seconds."""
+"""How long whoever was on a replica that ended waits for others who were, seconds."""
 _MOST_WAITED_S = 120.0
 """How long an answer that was accepted waits for a place elsewhere, or for a redeploy to get further, seconds."""
 
@@ -34,7 +34,7 @@ class Crashes:
     """Content that ended two replicas lately, by its key; one per caller, nothing is shared."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+        self._now, self._suspects = now, asyncio.Lock()
         self._until: OrderedDict[str, float] = OrderedDict()
 
     def check(self, key: str) -> None:
@@ -50,6 +50,18 @@ class Crashes:
             self._until.popitem(last=False)
         return _crash()
 
+    @asynccontextmanager
+    async def turn(self, *, is_suspect: bool) -> AsyncIterator[ExitStack]:
+        """A block for one more try. Until the stack is closed no other suspect has one: what ended a replica must not
+        end the next with everybody who was beside it."""
+        with ExitStack() as alone:
+            if is_suspect:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE_S):
+                        await self._suspects.acquire()
+                    alone.callback(self._suspects.release)
+            yield alone
+
 
 async def ask_twice(crashes: Crashes, key: str, ask: Callable[[], Awaitable[Value]]) -> Value:
     """What `ask` gives, asked again where a replica ended over it; raises ReplicaCrashError where both did."""
@@ -58,10 +70,11 @@ async def ask_twice(crashes: Crashes, key: str, ask: Callable[[], Awaitable[Valu
         return await ask()
     except ReplicaDiedError:
         pass
-    try:
-        return await ask()
-    except ReplicaDiedError:
-        raise crashes.add(key) from None
+    async with crashes.turn(is_suspect=True):
+        try:
+            return await ask()
+        except ReplicaDiedError:
+            raise crashes.add(key) from None
 
 
 class Asker:
@@ -80,7 +93,7 @@ class Asker:
         most_waited_s: float = _MOST_WAITED_S,
     ) -> None:
         self._ask, self._most_waited_s = ask, most_waited_s
-        self._crashes, self._suspects = Crashes(), asyncio.Lock()
+        self._crashes = Crashes()
 
     async def answer(self, request: AnswerRequest) -> AsyncGenerator[AnswerDelta, None]:
         """Deltas of one answer, each once.
@@ -92,9 +105,10 @@ class Asker:
         troubles, is_whole = _Troubles(self._most_waited_s), False
         while True:
             try:
-                async with self._turn(troubles) as turn, aclosing(self._ask(request)) as deltas:
+                turn = self._crashes.turn(is_suspect=troubles.num_in_vain > 0)
+                async with turn as alone, aclosing(self._ask(request)) as deltas:
                     async for delta in deltas:
-                        turn.close()
+                        alone.close()
                         request, is_whole = _behind(request, delta), delta.finish_reason is not None
                         troubles.num_in_vain = 0
                         yield delta
@@ -114,18 +128,6 @@ class Asker:
                 if not troubles.was_taken or not troubles.can_wait():
                     raise
                 await troubles.wait()
-
-    @asynccontextmanager
-    async def _turn(self, troubles: "_Troubles") -> AsyncIterator[ExitStack]:
-        """Until the stack is closed no other request is tried again: what ended one replica must not end the next with
-        everybody who was beside it."""
-        with ExitStack() as turn:
-            if troubles.num_in_vain:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_PATIENCE_S):
-                        await self._suspects.acquire()
-                    turn.callback(self._suspects.release)
-            yield turn
 
 
 @dataclass

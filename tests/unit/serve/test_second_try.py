@@ -172,3 +172,26 @@ def test_a_call_is_made_twice_and_its_content_is_forgiven_after_a_while() -> Non
         assert await ask_twice(crashes, "video", ask) == "frames"
 
     asyncio.run(body())
+
+
+def test_second_calls_are_made_one_at_a_time() -> None:
+    num_running = 0
+
+    async def ask(is_second: list[bool]) -> int:
+        nonlocal num_running
+        if not is_second:
+            is_second.append(True)
+            raise DIED
+        num_running += 1
+        beside = num_running
+        await asyncio.sleep(0.005)
+        num_running -= 1
+        return beside
+
+    async def body() -> list[int]:
+        crashes, calls = Crashes(), [list[bool]() for _ in range(4)]
+        return await asyncio.gather(
+            *(ask_twice(crashes, str(i), lambda one=one: ask(one)) for i, one in enumerate(calls))
+        )
+
+    assert asyncio.run(body()) == [1, 1, 1, 1]
