@@ -40,14 +40,9 @@ def serve_numbers(config: ServeCost, say: Say) -> dict[str, object]:
     """
     _take_cpus(say)
     numbers: dict[str, object] = dict.fromkeys(_KEYS)
-    if "hops" in config.parts:
-        from valley_ray.benchmarks.serve.hops import hop_numbers
-
-        numbers |= hop_numbers(config.num_pulls)
-        say(f"both hops, ms: {numbers['hop_ms_p50']}")
     if "engines" in config.parts:
         numbers |= _engines(config, say)
-    if {"worker", "video", "shapes"} & set(config.parts):
+    if {"worker", "video", "shapes", "hops"} & set(config.parts):
         from valley_ray.benchmarks.serve.servers import server_numbers
 
         numbers |= server_numbers(config, say)

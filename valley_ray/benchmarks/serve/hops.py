@@ -3,8 +3,12 @@
 Three deployments of the sizes that the server's have, with its router and its handles between them. One pull sends a
 MediaRef and a FrameSampling down both hops; frames of eight times 224 x 224 come back over the first, visual tokens as
 Valley-7B's (264 x 4096, bfloat16) over the second. The time of a pull, seen from the decoder, is what both hops cost.
+
+    python -m valley_ray.benchmarks.serve.hops NUM_PULLS
 """
 
+import logging
+import sys
 import time
 from statistics import median
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from valley_ray.benchmarks.serve.child import Starter
 from valley_ray.benchmarks.serve.server import start_ray
 from valley_ray.media.sampling import FrameSampling
 from valley_ray.serve.config import ServeConfig
@@ -91,3 +96,16 @@ def hop_numbers(num_pulls: int) -> dict[str, Any]:
         serve.shutdown()
         ray.shutdown()
     return {"hop_ms_p50": round(median(took), 2), "hop_ms_p95": round(float(np.percentile(took, 95)), 2)}
+
+
+def main(num_pulls: str) -> None:
+    """Measure at once; whoever started this process asks for the numbers."""
+    starter = Starter()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    starter.tell("no URL: nothing is served over HTTP")
+    numbers = hop_numbers(int(num_pulls))
+    starter.wait(lambda: numbers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

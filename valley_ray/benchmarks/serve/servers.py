@@ -1,4 +1,4 @@
-"""The whole server over HTTP: beside a one-request-at-a-time worker, cold beside warm, split beside colocated."""
+"""The whole server over HTTP: beside a one-request-at-a-time worker, cold beside warm, split beside colocated; hops."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ class Bench:
         config = ServeConfig(
             model=self.work / "model", model_name=_MODEL, allow_roots=(self.known[0].parent,), shape=shape
         )
-        with self._child("server", config.model_dump_json(), shape) as child:
+        with _child(self.config, self.work, "server", config.model_dump_json(exclude_unset=True), shape) as child:
             side = Side(shape, child, partial(ask_server, child.url, _MODEL))
             for _ in range(2):  # the second time finds the videos, and fills the caches of compiled shapes
                 ask_at_once(self.rounds_of_known(9)[0], side.answer)
@@ -70,28 +70,27 @@ class Bench:
     @contextmanager
     def worker(self) -> Iterator[Side]:
         """What a server is compared with, warmed up."""
-        with self._child("worker", str(self.work / "model"), "worker") as child:
+        with _child(self.config, self.work, "worker", str(self.work / "model"), "worker") as child:
             side = Side("worker", child, partial(ask_worker, child.url))
             ask_at_once(self.rounds_of_known(9)[0][:2], side.answer)
             yield side
 
-    def _child(self, module: str, argument: str, name: str) -> Child:
-        log = self.work / f"{name}.log"
-        return Child(f"{__package__}.{module}", argument, log=log, num_threads=self.config.num_threads)
-
 
 def server_numbers(config: ServeCost, say: Say) -> dict[str, object]:
-    """Keys of the parts `worker`, `video` and `shapes`, as far as they are asked for, and the medians behind them."""
+    """Keys of all parts but `engines`, as far as they are asked for, and the medians behind them."""
     folder = (storage_root() / config.folder).absolute()
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    (folder / "work").mkdir(parents=True)
-    size = make_served_model(folder / "work" / "model", config)
-    say(f"servers: a model of {size / 1e6:.1f} million parameters, {NUM_CLIENTS} clients")
-    num_new, num_cold = (config.num_rounds * count for count in (NUM_CLIENTS, _NUM_COLD))
-    videos = make_videos(folder, config, NUM_VIDEOS + num_new + num_cold)
-    known, new, cold = videos[:NUM_VIDEOS], videos[NUM_VIDEOS:-num_cold], videos[-num_cold:]
-    bench = Bench(config, folder / "work", known, new, cold)
+    work = folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     numbers: dict[str, object] = {}
+    if "hops" in config.parts:
+        with _child(config, work, "hops", str(config.num_pulls), "hops") as child:
+            numbers |= child.numbers()
+        say(f"both hops, ms: {numbers['hop_ms_p50']}")
+    if not {"worker", "video", "shapes"} & set(config.parts):
+        return numbers
+    bench, size = _make_bench(config, folder, work)
+    say(f"servers: a model of {size / 1e6:.1f} million parameters, {NUM_CLIENTS} clients")
     if {"worker", "video"} & set(config.parts):
         with bench.our_server("split") as server:
             if "video" in config.parts:
@@ -101,6 +100,20 @@ def server_numbers(config: ServeCost, say: Say) -> dict[str, object]:
     if "shapes" in config.parts:
         numbers |= _shapes(bench, say)
     return numbers | {"num_parameters": size}
+
+
+def _make_bench(config: ServeCost, folder: Path, work: Path) -> tuple[Bench, int]:
+    """The videos and the model, and the number of its parameters."""
+    size = make_served_model(work / "model", config)
+    num_new, num_cold = (config.num_rounds * count for count in (NUM_CLIENTS, _NUM_COLD))
+    videos = make_videos(folder, config, NUM_VIDEOS + num_new + num_cold)
+    known, new, cold = videos[:NUM_VIDEOS], videos[NUM_VIDEOS:-num_cold], videos[-num_cold:]
+    return Bench(config, work, known, new, cold), size
+
+
+def _child(config: ServeCost, work: Path, module: str, argument: str, name: str) -> Child:
+    """A module of this room as a process, with a log of its own."""
+    return Child(f"{__package__}.{module}", argument, log=work / f"{name}.log", num_threads=config.num_threads)
 
 
 def _beside_worker(bench: Bench, server: Side, say: Say) -> dict[str, object]:
