@@ -9,7 +9,6 @@ thread-safe: one thread steps, adds and aborts. vLLM is imported when an engine 
 L prompt tokens, D hidden width.
 """
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -23,18 +22,16 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from valley_ray.engine.admission import check_fits, check_max_length
-from valley_ray.engine.engine import MOST_LOGPROBS, FinishReason, Prompt, SamplingParams, TokenEvent
+from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams, TokenEvent
 from valley_ray.engine.open import VllmSettings
 from valley_ray.engine.slots import LanguageCore
+from valley_ray.engine.vllm_arguments import engine_arguments
 from valley_ray.engine.vllm_loop import VllmLoop
 from valley_ray.errors import ConfigError, UnavailableError
 from valley_ray.model.language_folder import write_language_model
 
 _PATIENCE_S = 0.02
 """Longest wait of a step: whoever steps has requests to add and abort between steps."""
-
-_CPU_BLOCK = 32
-"""Tokens per block of vLLM's cache on a CPU."""
 
 
 @dataclass(eq=False)
@@ -105,7 +102,7 @@ class VllmEngine:
         self._embed_tokens = model.get_input_embeddings()
         self._device, self._dtype = self._embed_tokens.weight.device, self._embed_tokens.weight.dtype
         with TemporaryDirectory(prefix="valley-vllm-") as folder:
-            arguments = _arguments(Path(folder), model, settings or VllmSettings(), num_slots, max_length)
+            arguments = engine_arguments(Path(folder), model, settings or VllmSettings(), num_slots, max_length)
             write_language_model(model, Path(folder))
             if not keep_weights:
                 _drop_weights(model)
@@ -196,56 +193,6 @@ class VllmEngine:
                 self.num_prompt_tokens += request.prompt_length
                 self.num_cached_tokens += output.num_cached_tokens or 0
             request.receive(output)
-
-
-def _arguments(
-    folder: Path, model: PreTrainedModel, settings: VllmSettings, num_slots: int, max_length: int
-) -> dict[str, Any]:
-    """Of vLLM's AsyncEngineArgs."""
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "skip_tokenizer_init": True,
-        "enable_prompt_embeds": True,
-        "enable_prefix_caching": True,
-        "max_model_len": max_length,
-        "max_num_seqs": num_slots,
-        "max_logprobs": MOST_LOGPROBS,
-        "logprobs_mode": "raw_logprobs",
-        "logits_processors": ["valley_ray.engine.vllm_sampling:HouseSampling"],
-        # Penalties need the tokens so far when the next one is chosen.
-        "async_scheduling": False,
-        "generation_config": "vllm",
-        "disable_log_stats": True,
-        "enforce_eager": not settings.compile,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "kv_cache_memory_bytes": settings.cache_bytes,
-    }
-    if settings.tensor_parallel_size > 1:
-        # Inside Ray it would look for GPUs of its own.
-        arguments["distributed_executor_backend"] = "mp"
-    if _is_cpu_build():
-        config: Any = model.config.get_text_config(decoder=True)
-        # The smallest block of its CPU kernels: 128, its default, would find a video of 264 tokens only half as often.
-        arguments["block_size"] = _CPU_BLOCK
-        needed = _cache_bytes(config, model.dtype.itemsize, num_tokens=2 * num_slots * (max_length + _CPU_BLOCK))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        arguments["kv_cache_memory_bytes"] = settings.cache_bytes or min(needed, memory // 4)
-    return arguments
-
-
-def _is_cpu_build() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
-def _cache_bytes(config: Any, itemsize: int, *, num_tokens: int) -> int:
-    """Of the keys and values of so many tokens."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * itemsize * num_tokens)
 
 
 def _sampling_params(params: SamplingParams, answered: Sequence[int]) -> Any:

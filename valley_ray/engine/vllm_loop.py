@@ -44,6 +44,9 @@ class VllmLoop:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         own()
+        if arguments.get("distributed_executor_backend") == "uni":
+            # Its CPU platform refuses one process otherwise; the client that is used here starts that one in any case.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self._arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -105,9 +108,10 @@ async def _read(
 
 
 def _stop(llm: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    # First, or what waits for vLLM's process takes its end for a failure and says so.
+    asyncio.run_coroutine_threadsafe(_end_tasks(), loop).result(_CLOSE_S)
     if llm is not None:
         llm.shutdown(timeout=_CLOSE_S)
-    asyncio.run_coroutine_threadsafe(_end_tasks(), loop).result(_CLOSE_S)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(_CLOSE_S)
 
