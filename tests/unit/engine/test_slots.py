@@ -145,19 +145,19 @@ def test_half_precision_runs() -> None:
 def test_an_answer_goes_on_behind_tokens_that_another_engine_made() -> None:
     model = tiny()
     ids = prompts(2)[1]
-    first, second = (SlotEngine(TextCore(model), num_slots=2, max_length=len(ids) + 20) for _ in range(2))
+    first, second = (SlotEngine(TextCore(model), num_slots=2, max_length=len(ids) + 10) for _ in range(2))
     for params in (
-        SamplingParams(max_tokens=20),
-        SamplingParams(max_tokens=20, temperature=1.0, top_p=0.95, seed=7),
-        SamplingParams(max_tokens=20, presence_penalty=1.5, frequency_penalty=1.0),
+        SamplingParams(max_tokens=10),
+        SamplingParams(max_tokens=10, temperature=1.0, top_p=0.95, seed=7),
+        SamplingParams(max_tokens=10, presence_penalty=1.5, frequency_penalty=1.0),
     ):
         (whole,) = run(first, [(Prompt(ids), params)])
-        for num_answered in (9, 1, 19):
+        for num_answered in (4, 9):
             second.add(Prompt(ids, answered=tuple(whole[:num_answered])), params)
             events = []
             while second.num_unfinished:
                 events += second.step()
             assert [event.token_id for event in events] == whole[num_answered:]
-            assert [event.index for event in events] == list(range(num_answered, 20))
+            assert [event.index for event in events] == list(range(num_answered, 10))
             assert events[-1].finish_reason == "length"
         assert run(second, [(Prompt(ids), params)]) == [whole], "what it left behind is what it computed"
