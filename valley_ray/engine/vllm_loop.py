@@ -57,8 +57,7 @@ class VllmLoop:
             _stop(None, self._loop, thread)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"vLLM does not start: {reason[:500]}; its log above says more") from error
-        self.close = weakref.finalize(self, _stop, self._llm, self._loop, thread)
-        """End vLLM's process and the thread; once is enough."""
+        self._finalizer = weakref.finalize(self, _stop, self._llm, self._loop, thread)
 
     def ask(self, request_id: str, embeds: torch.Tensor, params: Any) -> "Future[None]":
         """Put a prompt [L, D] in line; its outputs arrive, with `params` vLLM's SamplingParams."""
@@ -85,6 +84,12 @@ class VllmLoop:
     def forget_prompts(self) -> None:
         """Empty the prefix cache."""
         self._call(self._llm.reset_prefix_cache()).result()
+
+    def close(self) -> None:
+        """End vLLM's process and the thread; once is enough."""
+        self._finalizer()
+        # It would end itself again while the interpreter ends.
+        self._llm = None
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> "Future[Any]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
