@@ -5,6 +5,9 @@ come from the configuration and the code, never from a client, so that their num
 replica nothing is recorded. One value costs microseconds: per request or step, never per token.
 """
 
+import functools
+import threading
+import time
 from typing import Any, ClassVar
 
 from ray import serve
@@ -14,6 +17,10 @@ from ray.serve.exceptions import RayServeException
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Upper bounds of buckets, from a cache hit to a long answer on a CPU."""
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+_REPEAT_S = 5.0
+"""Ray reports a gauge once after it was set, and drops it when two report intervals (20 s) pass without news."""
 
 
 class Metric:
@@ -50,15 +57,44 @@ class Counter(Metric):
 
 
 class Gauge(Metric):
-    """Something that goes up and down."""
+    """Something that goes up and down. A thread of the process repeats what was last said, so that what stays as it is
+    does not vanish from scrapes."""
+
+    def __init__(self, name: str, description: str, *labels: str) -> None:
+        super().__init__(name, description, *labels)
+        self._lock = threading.Lock()
+        self._values: dict[tuple[tuple[str, str], ...], float] = {}
 
     def set(self, value: float, **labels: str) -> None:
         """What it is now."""
-        if (metric := self._opened()) is not None:
-            metric.set(value, labels)
+        with self._lock:
+            if (metric := self._opened()) is not None:
+                self._values[tuple(labels.items())] = value
+                metric.set(value, labels)
+
+    def repeat(self) -> None:
+        """Say again what was last said."""
+        with self._lock:
+            for labels, value in self._values.items():
+                self._of_ray.set(value, dict(labels))
 
     def _open(self) -> Any:
+        _repeat_gauges()
         return of_ray.Gauge(self.name, self.description, self.labels)
+
+
+@functools.cache
+def _repeat_gauges() -> None:
+    """Start the thread, once per process."""
+
+    def repeat() -> None:
+        while True:
+            time.sleep(_REPEAT_S)
+            for metric in ALL:
+                if isinstance(metric, Gauge):
+                    metric.repeat()
+
+    threading.Thread(target=repeat, name="gauges", daemon=True).start()
 
 
 class Histogram(Metric):

@@ -1,8 +1,11 @@
 """The declared metrics: names and units as Prometheus wants them, buckets, and silence outside of replicas."""
 
 import re
+import threading
 from itertools import pairwise
 from pathlib import Path
+
+import pytest
 
 from valley_ray.serve import metrics
 from valley_ray.serve.metrics import Counter, Gauge, Histogram
@@ -35,6 +38,28 @@ def test_a_process_that_is_no_replica_records_nothing() -> None:
     gauge.set(3)
     seconds.observe(0.5)
     assert not any(metric._of_ray for metric in (counter, gauge, seconds))
+
+
+def test_gauges_are_said_again_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[float, dict[str, str]]] = []
+    again = threading.Event()
+
+    class OfRay:
+        def set(self, value: float, labels: dict[str, str]) -> None:
+            said.append((value, labels))
+            if len(said) > 10:
+                again.set()
+
+    gauge = Gauge("valley_test_bytes", "A test.", "cache")
+    gauge._of_ray = OfRay()
+    monkeypatch.setattr(metrics, "ALL", (gauge,))
+    monkeypatch.setattr(metrics, "_REPEAT_S", 0.001)
+    gauge.set(1, cache="encoder")
+    gauge.set(2, cache="decoder")
+    gauge.set(3, cache="encoder")
+    metrics._repeat_gauges.__wrapped__()
+    assert again.wait(10)
+    assert said[3:11] == [(3, {"cache": "encoder"}), (2, {"cache": "decoder"})] * 4
 
 
 def test_the_guide_lists_every_metric_with_its_labels() -> None:
