@@ -29,6 +29,7 @@ from valley_ray.train import universal
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.identity import Identity, differences
 from valley_ray.train.run_folder import RunFolder, keep_snapshot
+from valley_ray.train.sample_index import RunEndedError
 from valley_ray.train.zero import ZeroEngine
 
 PROGRESS_FILE = "progress.json"
@@ -144,6 +145,7 @@ def restore(*, world: int, identity: Identity) -> Iterator[Restored | None]:
 
     Raises:
         ConfigError: it was written by a run with other data, batches or stages.
+        RunEndedError: it is damaged.
     """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -170,8 +172,14 @@ def read_progress(folder: Path) -> Progress:
 
     Raises:
         ConfigError: another version of valley_ray wrote it.
+        RunEndedError: it is damaged.
     """
-    values = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    try:
+        values = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunEndedError(
+            f"the checkpoint that the run would go on from is damaged ({folder.name}: {error}); take a new run_name"
+        ) from error
     try:
         return Progress(**values)
     except TypeError as error:

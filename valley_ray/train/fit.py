@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,17 +17,23 @@ from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from valley_ray.errors import PreemptedError, TrainingError, ValleyError
 from valley_ray.train.config import TrainConfig
-from valley_ray.train.run_folder import SNAPSHOT_FILE, RunFolder, remove_uncommitted
+from valley_ray.train.run_folder import SNAPSHOT_FILE, RunFolder, driven, remove_uncommitted
 from valley_ray.train.validation import validation_config
 
 logger = logging.getLogger(__name__)
 
 RESIZE_INTERVAL_S = 60.0
 """How often a run with a range of workers looks for room for more of them; they begin anew, from a checkpoint."""
+
+ELASTIC_START_TIMEOUT_S = 20.0
+"""How long a run with a range of workers waits for room for a number of them before it counts the room anew. Ray
+counts every 20 s, and notices a lost node after 15 s: what it asks for in between is too many, and would be waited for
+in vain, 60 s long. For RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S where that is not set."""
 
 
 def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, Any]:
@@ -36,10 +44,29 @@ def fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, 
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have ended, the message says how to go on.
-        ValleyError: the user's mistake among the workers' errors.
+        ValleyError: the user's mistake among the workers' errors, or another process trains the run.
         TrainingError: workers or the controller died more often than `max_failures`.
     """
-    remove_uncommitted(folder)
+    with driven(folder), _short_waits(config):
+        remove_uncommitted(folder)
+        return _fit(config, folder, windows_dir)
+
+
+@contextlib.contextmanager
+def _short_waits(config: TrainConfig) -> Iterator[None]:
+    """Let a run with a range of workers wait for room as long as ELASTIC_START_TIMEOUT_S, or as the user says."""
+    name = WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+    if config.min_workers == config.max_workers or name in os.environ:
+        yield
+        return
+    os.environ[name] = f"{ELASTIC_START_TIMEOUT_S:g}"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _fit(config: TrainConfig, folder: RunFolder, windows_dir: Path) -> dict[str, Any]:
     failures = 0
     while failures <= config.max_failures:
         trainer = _trainer(config, folder, windows_dir)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from valley_ray.model.checkpoint import read_weight
 from valley_ray.train.config import TrainConfig
 
 Identity = dict[str, Any]
@@ -25,10 +28,16 @@ _DECIDING = {
 The number of workers, micro-batches, intervals and paths may change from one attempt to the next."""
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Places of a weight file that are looked at."""
 
 
 def run_identity(config: TrainConfig, store_fingerprint: str) -> Identity:
-    """The identity of the run of `config` on the samples of a store; reads the model folder's file list."""
+    """The identity of the run of `config` on the samples of a store; looks into the model folder's weights.
+
+    Raises:
+        CheckpointError: there are none, or damaged ones.
+    """
     decides = config.model_dump(mode="json", include=_DECIDING)
     return {
         **decides,
@@ -51,8 +60,18 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _model_key(folder: Path) -> str:
-    """Of the configuration and the sizes of the weight files: a copy of the folder has the same."""
+    """Of the configuration, the projector, which nearly every stage trains, and the weight files' sizes and some of
+    their bytes: a copy of the folder has the same, another model of its shape has not."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for place in range(NUM_SAMPLES):
+                opened.seek(size * place // NUM_SAMPLES)
+                digest.update(opened.read(SAMPLE_BYTES))
+    for name in ("weight", "bias"):
+        weight = read_weight(folder, f"core.mm_projector.{name}")
+        if weight is not None:
+            digest.update(weight.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ Ray cluster (the caller does).
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -211,3 +211,20 @@ def _check_resources(config: TrainConfig) -> None:
                 f"num_workers={config.min_workers} need {amount:g} {kind}, Ray has {have.get(kind, 0.0):g}; lower "
                 f"num_workers or {'cpus_per_worker' if kind == 'CPU' else 'set use_gpu=false'}"
             )
+    room = num_placeable(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if room < config.min_workers:
+        raise ConfigError(
+            f"num_workers={config.min_workers} with {config.cpus_per_worker:g} CPU{' and a GPU' * config.use_gpu} "
+            f"each: the nodes of Ray have room for {room}, a worker stands on one of them; lower num_workers or "
+            "cpus_per_worker"
+        )
+
+
+def num_placeable(config: TrainConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers of `config` fit on nodes with such resources, each on one node."""
+    of_one = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {})
+    # Ray counts in ten-thousandths: 0.3 CPU are room for three workers of 0.1.
+    return sum(
+        min(int(round(node.get(kind, 0.0) * 1e4) // round(amount * 1e4)) for kind, amount in of_one.items())
+        for node in nodes
+    )

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import torch
 from train_runs import make_config
 
+from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.train.identity import differences, run_identity
 
 
@@ -35,7 +37,11 @@ def test_another_model_is_another_run(tiny_valley: Path, tmp_path: Path) -> None
         (tmp_path / "model" / name).write_bytes((tiny_valley / name).read_bytes())
     copied = config.model_copy(update={"model": tmp_path / "model"})
     assert run_identity(copied, "store") == run_identity(config, "store")
-    with (tmp_path / "model" / "model.safetensors").open("ab") as file:
-        file.write(b"x")
+    model = ValleyForConditionalGeneration.from_pretrained(tiny_valley)
+    torch.nn.init.constant_(model.core.mm_projector.bias, 0.5)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes((tiny_valley / "config.json").read_bytes())
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tiny_valley, tmp_path / "model")]
+    assert sizes[0] == sizes[1], "a stage 1 that was run again"
     (changed,) = differences(run_identity(config, "store"), run_identity(copied, "store"))
     assert changed.startswith("model=")
