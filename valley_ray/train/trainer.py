@@ -5,6 +5,7 @@ Ray cluster (the caller does).
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from valley_ray.errors import ConfigError, TrainingError, ValleyError
 from valley_ray.train.check import check_batch, check_draws, check_run, pipeline_config
 from valley_ray.train.config import TrainConfig
 from valley_ray.train.fit import fit
-from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE
+from valley_ray.train.metrics import CURVE_FILE, METRICS_FILE, read_metrics
 from valley_ray.train.plan import epoch_order
 from valley_ray.train.run_folder import RunFolder, run_folder
 from valley_ray.train.sample_index import LEFT_OUT_FILE
@@ -102,10 +103,17 @@ def train(config: TrainConfig) -> TrainResult:
         curve_path=files / CURVE_FILE,
         left_out_path=files / LEFT_OUT_FILE if (files / LEFT_OUT_FILE).exists() else None,
         num_steps=summary["num_steps"],
-        loss=summary["loss"],
+        loss=last_loss(summary["loss"], files / METRICS_FILE),
         seconds=summary["seconds"],
         data=pipeline.summary if pipeline is not None else None,
     )
+
+
+def last_loss(loss: float, metrics: Path) -> float:
+    """`loss` of a run's last step; of one that had made all its steps before, what its metrics say."""
+    if not math.isnan(loss):
+        return loss
+    return next((line.loss for line in reversed(read_metrics(metrics))), loss)
 
 
 def _files_to_look_at(config: TrainConfig, folder: RunFolder) -> Path:
