@@ -152,6 +152,9 @@ def remove_uncommitted(folder: RunFolder) -> None:
     """Delete what killed uploads have left, and bring Ray Train's list of checkpoints back where a kill has cut it off.
 
     For the time when nothing of the run is alive.
+
+    Raises:
+        ConfigError: the list names a checkpoint that is gone.
     """
     listed = _read(folder, SNAPSHOT_FILE)
     if listed is not None and not _is_whole(listed):
@@ -160,10 +163,25 @@ def remove_uncommitted(folder: RunFolder) -> None:
             folder.remove(SNAPSHOT_FILE)
         else:
             _write(folder, SNAPSHOT_FILE, listed)
+    _check_listed(folder, listed)
     for info in folder.filesystem.get_file_info(FileSelector(folder.path, allow_not_found=True)):
         name = posixpath.basename(info.path)
         if info.type == FileType.Directory and name.startswith("checkpoint_") and name not in (listed or ""):
             folder.filesystem.delete_dir(info.path)
+
+
+def _check_listed(folder: RunFolder, listed: str | None) -> None:
+    """Ray Train's controller would end on a checkpoint that is gone, at every attempt."""
+    try:
+        known = json.loads(listed or "{}")
+    except ValueError:
+        return
+    for result in known.get("checkpoint_results", ()):
+        name = result.get("checkpoint_dir_name") if isinstance(result, dict) else None
+        if name is not None and not folder.has(name):
+            raise ConfigError(
+                f"run_name={folder.name}: its {name} in {folder.url} is gone; bring it back or take a new run_name"
+            )
 
 
 def keep_snapshot(folder: RunFolder) -> None:

@@ -79,6 +79,16 @@ def test_a_first_list_that_was_cut_off_means_a_run_from_the_start(tmp_path: Path
     assert list(folder.local.iterdir()) == []
 
 
+def test_a_checkpoint_that_somebody_deleted_is_named(tmp_path: Path) -> None:
+    folder = run_folder(str(tmp_path), "run")
+    (folder.local / "checkpoint_2").mkdir(parents=True)
+    listed = [{"checkpoint_dir_name": f"checkpoint_{number}"} for number in (1, 2)]
+    (folder.local / SNAPSHOT_FILE).write_text(json.dumps({"checkpoint_results": listed}))
+    with pytest.raises(ConfigError, match=r"its checkpoint_1 in .* is gone"):
+        remove_uncommitted(folder)
+    assert (folder.local / "checkpoint_2").is_dir()
+
+
 def test_a_new_run_has_nothing_to_remove(tmp_path: Path) -> None:
     remove_uncommitted(run_folder(str(tmp_path / "nothing"), "run"))
     assert not (tmp_path / "nothing").exists()
