@@ -93,10 +93,14 @@ def scrape() -> Scrape:
 
 
 def live(holds: Callable[[Scrape], bool]) -> Scrape:
-    """A scrape that `holds`, or the last one that there was time for."""
-    deadline = time.monotonic() + LIVE_WITHIN_S
-    while not holds(seen := scrape()) and time.monotonic() < deadline:
+    """The newest samples of every name, as soon as they `hold`, or what there is when time is over.
+
+    Serve sets some gauges only when they change, and Ray drops those after a while.
+    """
+    deadline, seen = time.monotonic() + LIVE_WITHIN_S, scrape()
+    while not holds(seen) and time.monotonic() < deadline:
         time.sleep(0.5)
+        seen.update(scrape())
     return seen
 
 
