@@ -93,7 +93,8 @@ def test_a_killed_actor_and_a_killed_driver_lose_and_repeat_nothing(
     num_rows = (NUM_CLIPS + len(BAD) + 1) * NUM_QUESTIONS
     wanted = answer(settings(records, num_slots=16, block_size=64), tiny_valley, tmp_path / "here", on_ray=False)
     output, log = tmp_path / "out", tmp_path / "driver.log"
-    env = environment(temporary)
+    # The real decoder: the one that crashes on marked files cannot tell that a file is not there.
+    env = environment(temporary, PYTHONPATH=str(ROOT))
     env.pop("RAY_ADDRESS", None)
 
     def wait_for_answers(driver: "subprocess.Popen[bytes]", number: int) -> None:
