@@ -59,7 +59,8 @@ def test_serve_answers_until_interrupted(tiny_valley: Path, tmp_path: Path) -> N
         assert lines[0].startswith(f"valley-ray: {tiny_valley.name} answers at http://127.0.0.1:"), (
             process.stderr.read()
         )
-        url, body = lines[2].split()[1], json.loads(lines[2].partition(" -d '")[2].removesuffix("'\n"))
+        curl = lines[2].replace("FILE.mp4", clip.name)
+        url, body = curl.split()[1], json.loads(curl.partition(" -d '")[2].removesuffix("'\n"))
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             answer = json.load(reply)["choices"][0]["message"]["content"]

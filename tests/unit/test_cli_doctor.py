@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_a_taken_port_names_who_listens(monkeypatch: pytest.MonkeyPatch) -> None
         assert f"process {os.getpid()} " in finding.text
     [finding] = check_machine.check_ports()
     assert finding.level == "OK"
+
+
+@pytest.mark.parametrize(("port", "option"), [(8265, "--dashboard-port"), (6379, "--port")])
+def test_fixes_of_rays_ports_are_commands_that_ray_knows(port: int, option: str) -> None:
+    from ray.scripts.scripts import start
+
+    known = {name for parameter in start.params for name in parameter.opts}
+    _, fix = check_machine.PORTS[port]
+    [command] = re.findall("`ray start (.+)`$", fix)
+    named = {word.partition("=")[0] for word in command.split()}
+    assert {"--head", option} == named <= known
 
 
 def test_rays_tokens_are_looked_for_where_ray_does(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Options that several commands share, and how their values are read."""
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,11 +29,33 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a ConfigError like any other."""
+    """argparse, but a mistake is a ConfigError like any other; `command` of what was parsed is the parser that did."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(**options)
+        self.set_defaults(command=self)
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's, but options may stand between the `words` of a command: its own way knows no subcommands.
+
+        Raises:
+            ConfigError: an option is unknown, which alone is blamed whatever follows it, or a word is one too many.
+        """
+        options, rest = self.parse_known_args(args, namespace)
+        command: Parser = options.command
+        if unknown := [word for word in rest if word.startswith("-")]:
+            command.error(f"unrecognized arguments: {' '.join(unknown)}{command._did_you_mean(unknown[0])}")
+        if rest and "words" not in options:
+            command.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            options.words = [*options.words, *rest]
+        return options
+
+    def _did_you_mean(self, option: str) -> str:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        nearest = difflib.get_close_matches(option.partition("=")[0], known, n=1)
+        return f" (did you mean {nearest[0]}?)" if nearest else ""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's reason and where to read more."""

@@ -19,9 +19,12 @@ PORTS = {
     8000: ("Serve's HTTP port", "give the server another: valley-ray serve --port 8001 (0 for any)"),
     8265: (
         "Ray's dashboard and jobs",
-        "if that is your Ray, export RAY_ADDRESS to use it; else ray start with another",
+        "if that is your Ray, export RAY_ADDRESS to use it; else `ray start --head --dashboard-port=OTHER`",
     ),
-    6379: ("Ray's head", "if that is your Ray, export RAY_ADDRESS to use it; else ray start --port another"),
+    6379: (
+        "Ray's head",
+        "if that is your Ray, export RAY_ADDRESS to use it; else `ray start --head --port=OTHER`",
+    ),
 }
 
 GIB = 1 << 30

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from valley_ray.cli.opening import check_model
 
 if TYPE_CHECKING:
     from valley_ray.serve.app import ServedApp
+    from valley_ray.serve.config import ServeConfig
 
 
 def add_to(commands: Any) -> None:
@@ -51,19 +51,24 @@ def _run(options: argparse.Namespace) -> int:
 
     try:
         with run_standalone(config, http) as served:
-            _print_welcome(served, config.allow_roots)
+            _print_welcome(served, config)
             threading.Event().wait()
     except KeyboardInterrupt:
         print("valley-ray: stopped", file=sys.stderr)
     return 0
 
 
-def _print_welcome(served: "ServedApp", allow_roots: Sequence[Path]) -> None:
-    roots = ", ".join(map(str, allow_roots)) or "none; allow a folder with 'allow_roots=[FOLDER]'"
-    video = {"type": "video_url", "video_url": {"url": f"{(*allow_roots, Path('FOLDER'))[0].absolute()}/clip.mp4"}}
-    content = [video, {"type": "text", "text": "What is moving?"}]
+def _print_welcome(served: "ServedApp", config: "ServeConfig") -> None:
+    roots = ", ".join(map(str, config.allow_roots)) or "none; allow a folder with 'allow_roots=[FOLDER]'"
+    folder = config.allow_roots[0].absolute() if config.allow_roots else Path("/FOLDER")
+    content = [
+        {"type": "video_url", "video_url": {"url": f"{folder}/FILE.mp4"}},
+        {"type": "text", "text": "What is moving?"},
+    ]
     body = {"model": served.model_name, "messages": [{"role": "user", "content": content}]}
     print(f"valley-ray: {served.model_name} answers at {served.url} (Ctrl-C ends it)")
+    if config.adapters:
+        print(f"Its adapters are asked by the model names {', '.join(map(config.name_under, config.adapters))}.")
     print(f"Files that requests may name by path: {roots}. Other files go as data: URIs.")
     print(f"curl {served.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     sys.stdout.flush()

@@ -95,7 +95,7 @@ def _intervals_without_effect(config: TrainConfig, num_steps: int) -> Iterator[s
             yield "evaluation: checkpoints are what is evaluated, and checkpoint_every is null"
     for name in ("checkpoint_every", "export_every", "log_every"):
         every = getattr(config, name)
-        if every is not None and every > num_steps:
+        if name in config.model_fields_set and every is not None and every > num_steps:
             yield f"{name}={every}: the run has {num_steps} steps"
 
 

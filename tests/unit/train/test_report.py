@@ -147,3 +147,14 @@ def test_settings_without_effect_and_idle_workers_are_told(config: Callable[...,
     assert all(part in told for part in ("feature_cache_bytes", "export_every=99: the run has 10 steps"))
     if not torch.cuda.is_available():
         assert any("this machine has no GPU" in one for one in report.warnings)
+
+
+def test_defaults_that_nobody_set_are_not_told_to_be_without_effect(
+    tiny_valley: Path, store: Path, tmp_path: Path
+) -> None:
+    values = {"model": tiny_valley, "output": tmp_path / "out", "data": DataConfig(windows_dir=store)}
+    sizes = {"stages": (stage(epochs=1),), "global_batch_size": 4, "micro_batch_size": 2}
+    config = TrainConfig(**{**values, **sizes}).under(tmp_path)
+    report = report_run(config)
+    assert report.steps[0] < config.log_every
+    assert report.without_effect == ()
