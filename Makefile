@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 .PHONY: help install quickstart test test-slow test-parity test-browser test-vllm check format clean
 help:
 	@echo "make quickstart   a small Valley trained from generated videos, answering over HTTP (minutes, CPU)"
-	@echo "make test         the test suite (about 11 minutes on two free cores)"
+	@echo "make test         the test suite (about 10 minutes on two free cores)"
 	@echo "make test-slow    faults, sweeps and long runs (<= 60 minutes)"
 	@echo "make test-parity  the original's recorded outputs, and real videos; other sets: VALLEY_PARITY=... VALLEY_VIDEOS=..."
 	@echo "make test-browser pages in a real browser; needs Chromium or Chrome (Debian: apt-get install chromium)"

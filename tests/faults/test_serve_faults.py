@@ -80,6 +80,7 @@ def check(tally: Tally, expected: list[str], told: str) -> None:
     assert all(text == expected[turn] for turn, text, _ in tally.answered)
 
 
+@pytest.mark.slow
 def test_a_killed_decoder_breaks_no_answer_and_one_client_takes_no_video_from_another(
     app: ServedApp, clips: list[Path]
 ) -> None:

@@ -26,7 +26,7 @@ QUESTIONS = ("What is moving?", "How many shapes do you see?", "Describe the cli
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("clips")
-    return [write_clip(folder / f"{seed}.mp4", seed=seed) for seed in range(6)]
+    return [write_clip(folder / f"{seed}.mp4", seed=seed) for seed in range(6 + 12)]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,17 @@ def stats_of_every_replica(num_replicas: int) -> list[dict[str, Any]]:
     raise AssertionError(f"only {len(found)} of {num_replicas} replicas answered")
 
 
+@pytest.mark.slow
 def test_a_colocated_server_answers_as_the_assistant_and_a_video_stays_on_one_replica(
     app: ServedApp, tiny_valley: Path, clips: list[Path]
 ) -> None:
+    clips, others = clips[:6], clips[6:]
+    # The ingress may learn of one replica a little later than of the other.
+    for clip in others:
+        ask(app, clip, QUESTIONS[0])
+        before = stats_of_every_replica(2)
+        if all(stats["num_misses"] for stats in before):
+            break
     asks = [(clip, question) for question in QUESTIONS for clip in clips]
     with ThreadPoolExecutor(3) as pool:
         texts = list(pool.map(lambda one: ask(app, *one), asks))
@@ -82,4 +90,4 @@ def test_a_colocated_server_answers_as_the_assistant_and_a_video_stays_on_one_re
     assert set(serve.status().applications[APP_NAME].deployments) == {"Ingress", "LanguageDecoder"}
     every = stats_of_every_replica(2)
     for count in ("num_misses", "num_encoded"):
-        assert sum(stats[count] for stats in every) == len(clips)
+        assert sum(stats[count] for stats in every) - sum(stats[count] for stats in before) == len(clips)
