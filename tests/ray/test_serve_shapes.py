@@ -21,6 +21,7 @@ from valley_ray.serve.files import FilesConfig
 pytestmark = pytest.mark.ray
 
 QUESTIONS = ("What is moving?", "How many shapes do you see?", "Describe the clip")
+NUM_CLIENTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def app(tiny_valley: Path, clips: list[Path]) -> Iterator[ServedApp]:
         shape="colocated",
         allow_roots=(clips[0].parent,),
         files=FilesConfig(folder=clips[0].parent / "uploads"),
-        num_slots=4,
+        num_slots=8,  # half of them is more than NUM_CLIENTS ever ask at once: no replica is too busy for its videos
         ingress=DeploymentConfig(num_cpus=0.1),
         decoder=DeploymentConfig(num_cpus=0.1, num_replicas=2),
     )
@@ -81,7 +82,7 @@ def test_a_colocated_server_answers_as_the_assistant_and_a_video_stays_on_one_re
         if all(stats["num_misses"] for stats in before):
             break
     asks = [(clip, question) for question in QUESTIONS for clip in clips]
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         texts = list(pool.map(lambda one: ask(app, *one), asks))
     with Assistant.from_pretrained(tiny_valley) as assistant:
         params = SamplingParams(max_tokens=8)
