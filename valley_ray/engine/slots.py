@@ -23,6 +23,7 @@ from valley_ray.engine.admission import check_fits, check_max_length
 from valley_ray.engine.attention import Chunk, SlotPass
 from valley_ray.engine.cache import SlotCache
 from valley_ray.engine.engine import FinishReason, Prompt, SamplingParams, TokenEvent
+from valley_ray.engine.memory import keep_freed
 from valley_ray.engine.prefix import ContentKeys, Keys
 from valley_ray.engine.rows import Request, Rows
 from valley_ray.engine.sampling import choose_tokens, logprobs_of
@@ -88,6 +89,8 @@ class SlotEngine:
         self._embed_tokens = self._model.get_input_embeddings()
         parameter = next(core.language_model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
+        if self._device.type == "cpu":
+            keep_freed()
         self._max_prefill_tokens = max_prefill_tokens or _PREFILL_TOKENS.get(
             self._device.type, _PREFILL_TOKENS_ELSEWHERE
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from valley_ray.engine.memory import KEEP_FREED_VARIABLES
 from valley_ray.engine.vllm_owner import own
 from valley_ray.errors import ConfigError
 
@@ -26,6 +27,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # The other runner has another interface of logits processors.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    **KEEP_FREED_VARIABLES,
 }
 """Where the user's environment does not say otherwise."""
 
