@@ -13,21 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from valley_ray.errors import ValleyError
+from valley_ray.program import run_program
 from valley_ray.session import connect, quiet_ray_data
 
 GENERATED = Path(__file__).parent / "configs" / "answer.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 (failed rows are counted), 2 with one line on stderr for a user's mistake, or 130 for Ctrl-C."""
+    """Exit status, as `run_program` has them; failed rows are counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--input", action="append", default=[], metavar="FILE_OR_FOLDER", help="records or media")
     parser.add_argument("--media-root", metavar="DIR", help="folder of the media that records name; else theirs")
     parser.add_argument("--output", metavar="DIR", help="folder that is written, or gone on with")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
     given = parser.parse_intermixed_args(arguments)
-    try:
+
+    def work() -> None:
         from valley_ray.evaluate.answer_files import answer_sources
         from valley_ray.evaluate.answer_words import read_words
         from valley_ray.evaluate.check import check_answers
@@ -38,12 +39,8 @@ def main(arguments: list[str]) -> int:
         connect()
         quiet_ray_data()
         print(answer_sources(settings).text())
-    except (ValleyError, KeyboardInterrupt) as error:
-        is_stopped = isinstance(error, KeyboardInterrupt)
-        said = "stopped; run it again to go on" if is_stopped else f"error: {' '.join(str(error).split())}"
-        print(f"answer: {said}", file=sys.stderr)
-        return 130 if is_stopped else 2
-    return 0
+
+    return run_program("answer", work)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from valley_ray.config import load_config
 from valley_ray.data.download.config import DownloadConfig
 from valley_ray.errors import ValleyError
+from valley_ray.program import run_program
 from valley_ray.session import connect
 from valley_ray.storage import storage_root
 
@@ -16,34 +17,32 @@ DEFAULT = Path(__file__).parent / "configs" / "download.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0 (the summary counts failed rows), or 2 with one line on stderr for a user's mistake."""
+    """Exit status, as `run_program` has them; the summary counts failed rows."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    overrides, paths = [one for one in arguments if "=" in one], [Path(one) for one in arguments if "=" not in one]
-    try:
-        if len(paths) > 1:
-            raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
-        config = load_config(DownloadConfig, paths[0] if paths else DEFAULT, overrides).under(storage_root())
-        print(f"media: {config.media_root}", flush=True)
-        from valley_ray.data.download.run import run_downloads
+    return run_program(
+        "download", lambda: _download(arguments), stopped="stopped; what has ended is recorded, start again to go on"
+    )
 
-        serving: AbstractContextManager[None] = nullcontext()
-        if config.sources == load_config(DownloadConfig, DEFAULT).under(storage_root()).sources:
-            serving = _own_clips(config.sources[0].path)
-            config = config.model_copy(update={"allow_private_addresses": True})
-        with serving:
-            summary = run_downloads(config, on_progress=lambda line: print(line, flush=True))
-    except ValleyError as error:
-        print(f"download: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("download: stopped; what has ended is recorded, start again to go on", file=sys.stderr)
-        return 130
+
+def _download(arguments: list[str]) -> None:
+    overrides, paths = [one for one in arguments if "=" in one], [Path(one) for one in arguments if "=" not in one]
+    if len(paths) > 1:
+        raise ValleyError(f"expected one configuration file, got {', '.join(map(str, paths))}; drop all but one")
+    config = load_config(DownloadConfig, paths[0] if paths else DEFAULT, overrides).under(storage_root())
+    print(f"media: {config.media_root}", flush=True)
+    from valley_ray.data.download.run import run_downloads
+
+    serving: AbstractContextManager[None] = nullcontext()
+    if config.sources == load_config(DownloadConfig, DEFAULT).under(storage_root()).sources:
+        serving = _own_clips(config.sources[0].path)
+        config = config.model_copy(update={"allow_private_addresses": True})
+    with serving:
+        summary = run_downloads(config, on_progress=lambda line: print(line, flush=True))
     for name, text in summary.examples.items():
         print(f"failed  {summary.by_error_class[name]} x {name}, for example {text}")
     print(f"ledger  {summary.ledger}\nclips   {summary.clips}\n{json.dumps(asdict(summary))}")
-    return 0
 
 
 def _own_clips(list_file: Path) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from valley_ray.config import load_config
 from valley_ray.errors import ValleyError
 from valley_ray.evaluate.config import EvaluationConfig
+from valley_ray.program import run_program
 from valley_ray.session import connect, quiet_ray_data
 from valley_ray.storage import storage_root
 
@@ -22,33 +23,34 @@ GENERATED = Path(__file__).parent / "configs" / "evaluate.yaml"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0, 2 with one line on stderr for a user's mistake, or 130 with one line for Ctrl-C."""
+    """Exit status, as `run_program` has them."""
     if {"-h", "--help"} & set(arguments):
         print(str(__doc__).strip())
         return 0
-    overrides = [argument for argument in arguments if "=" in argument]
-    paths = [Path(argument) for argument in arguments if "=" not in argument]
-    try:
-        if len(paths) > 1:
-            raise ValleyError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop one")
-        is_generated = not paths and not any(one.startswith("sources=") for one in overrides)
-        config = load_config(EvaluationConfig, paths[0] if paths else GENERATED, overrides).under(storage_root())
+
+    def work() -> None:
         from valley_ray.evaluate.evaluation import check_evaluation, evaluate
 
-        if is_generated:
-            from valley_ray.evaluate.generated import make_generated
-
-            config = make_generated(config, storage_root(), say=lambda text: print(text, flush=True))
+        config = _config(arguments)
         check_evaluation(config)
         connect()
         quiet_ray_data()
         print(evaluate(config).text())
-    except (ValleyError, KeyboardInterrupt) as error:
-        is_stopped = isinstance(error, KeyboardInterrupt)
-        said = "stopped; run it again to go on" if is_stopped else f"error: {' '.join(str(error).split())}"
-        print(f"evaluate: {said}", file=sys.stderr)
-        return 130 if is_stopped else 2
-    return 0
+
+    return run_program("evaluate", work)
+
+
+def _config(arguments: list[str]) -> EvaluationConfig:
+    overrides = [argument for argument in arguments if "=" in argument]
+    paths = [Path(argument) for argument in arguments if "=" not in argument]
+    if len(paths) > 1:
+        raise ValleyError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop one")
+    config = load_config(EvaluationConfig, paths[0] if paths else GENERATED, overrides).under(storage_root())
+    if paths or any(one.startswith("sources=") for one in overrides):
+        return config
+    from valley_ray.evaluate.generated import make_generated
+
+    return make_generated(config, storage_root(), say=lambda text: print(text, flush=True))
 
 
 if __name__ == "__main__":

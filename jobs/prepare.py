@@ -13,18 +13,20 @@ from valley_ray.config import COMMAND_LINE, apply_overrides, read_yaml, validate
 from valley_ray.data.check import check_prepare
 from valley_ray.data.config import PrepareConfig
 from valley_ray.errors import ValleyError
+from valley_ray.program import run_program
 from valley_ray.session import connect, quiet_ray_data
 from valley_ray.storage import storage_root
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status 0, 2 with one line on stderr for a user's mistake, or 130 with one line for Ctrl-C."""
+    """Exit status, as `run_program` has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--input", action="append", default=[], metavar="FILE_OR_FOLDER", help="records or media")
     parser.add_argument("--media-root", metavar="DIR", help="folder of the media that records name; else theirs")
     parser.add_argument("--output", metavar="DIR", help="folder that is written, or added to")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key=value")
-    try:
+
+    def work() -> None:
         config = _config(parser.parse_intermixed_args(arguments)).under(storage_root())
         check_prepare(config)
         connect()
@@ -32,12 +34,8 @@ def main(arguments: list[str]) -> int:
         from valley_ray.data.prepare import prepare
 
         print(prepare(config).text(config.output))
-    except (ValleyError, KeyboardInterrupt) as error:
-        is_stopped = isinstance(error, KeyboardInterrupt)
-        said = "stopped; run it again to go on" if is_stopped else f"error: {' '.join(str(error).split())}"
-        print(f"prepare: {said}", file=sys.stderr)
-        return 130 if is_stopped else 2
-    return 0
+
+    return run_program("prepare", work)
 
 
 def _config(given: argparse.Namespace) -> PrepareConfig:

@@ -7,6 +7,7 @@ L prompt tokens, D hidden width, Dv tower width, P patches, T frames.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,8 @@ from valley_ray.model.language_folder import write_language_model
 from valley_ray.model.valley import ValleyForConditionalGeneration
 from valley_ray.model.weight_files import find_files, read_weights
 from valley_ray.processor import ValleyProcessor
+
+logger = logging.getLogger(__name__)
 
 VISUAL_FOLDER = "visual"
 _LANGUAGE_MODEL = "core.language_model."
@@ -172,7 +175,8 @@ def _write_tokenizer(processor: ValleyProcessor, folder: Path) -> bool:
     processor.tokenizer.save_pretrained(folder)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception:  # whatever a tokenizer of 2023 leads to: the server can do without one
+    except Exception as error:  # of whatever class: transformers raises many over a tokenizer of 2023
+        logger.warning("the export has no chat template: transformers does not open its tokenizer (%s)", error)
         return False
     template = _TEMPLATES.get(processor.prompt_style)
     if template is not None:

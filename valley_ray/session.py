@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from typing import Any
 
 from valley_ray.errors import ConfigError
@@ -20,7 +22,8 @@ def connect(*, include_dashboard: bool = True, **options: Any) -> None:
     A bare `ray.init()` would join whatever Ray runs on the machine; a process must be pointed at a cluster instead, as
     `ray job submit` does through RAY_ADDRESS. `include_dashboard` counts for a cluster of our own. Ray Train needs it:
     its state API answers what became of a run. A cluster of our own bounds the retries of tasks that are killed for
-    memory; where one is joined, set RAY_task_oom_retries in the environment of its nodes and of the driver.
+    memory; where one is joined, set RAY_task_oom_retries in the environment of its nodes and of the driver. A handler
+    of SIGTERM that this process has set stays in its place.
 
     Raises:
         ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
@@ -29,6 +32,17 @@ def connect(*, include_dashboard: bool = True, **options: Any) -> None:
 
     if ray.is_initialized():
         return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(include_dashboard=include_dashboard, **options)
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+
+
+def _init(*, include_dashboard: bool, **options: Any) -> None:
+    import ray
+
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         if OOM_RETRIES_VARIABLE not in os.environ:

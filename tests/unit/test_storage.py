@@ -1,9 +1,11 @@
 """Where outputs go: beside the caller, where VALLEY_STORAGE says, and never into a submitted job's copy."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import ray
 
 from valley_ray.errors import ConfigError
 from valley_ray.session import connect
@@ -47,6 +49,19 @@ def test_inputs_that_exist_stay_and_outputs_move(tmp_path: Path) -> None:
         "media_root": root / "clips",
         "windows_dir": root / "w",
     }
+
+
+def test_connecting_leaves_a_handler_of_sigterm_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(*_: object) -> None: ...
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: None))
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        connect()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

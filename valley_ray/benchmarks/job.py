@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from valley_ray.config import Config, load_config
 from valley_ray.errors import ValleyError
+from valley_ray.program import INTERRUPTED, USER_ERROR
 
 Say = Callable[[str], None]
 """Takes a line of progress."""
@@ -16,7 +17,7 @@ Settings = TypeVar("Settings", bound=Config)
 Benchmark = tuple[type[Settings], Callable[[Settings, Say], Mapping[str, object]]]
 """What a user sets, and what measures: the latter raises AssertionError where the compared sides differ."""
 
-UNEQUAL, USER_ERROR, INTERRUPTED = 1, 2, 130
+UNEQUAL = 1
 
 
 def run_job(

@@ -8,10 +8,10 @@ import valley_ray
 from valley_ray.cli import ask, chat, convert_config, doctor, export, serve, weights
 from valley_ray.cli.arguments import Parser
 from valley_ray.errors import ValleyError
+from valley_ray.program import INTERRUPTED, USER_ERROR
 
-USER_ERROR = 2
-INTERRUPTED, PIPE_CLOSED = 130, 141
-"""As a shell reports programs that end by SIGINT and SIGPIPE."""
+PIPE_CLOSED = 141
+"""As a shell reports programs that end by SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

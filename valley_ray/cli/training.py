@@ -4,58 +4,42 @@ The work itself is `valley_ray.train.trainer.train`; `--check` is `valley_ray.tr
 """
 
 import argparse
-import signal
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import BaseModel
 
 from valley_ray.cli.arguments import HelpFormatter, Parser
 from valley_ray.config import load_config
-from valley_ray.errors import ConfigError, ValleyError
+from valley_ray.errors import ConfigError
+from valley_ray.program import run_program
 from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, TrainConfig
 from valley_ray.train.stage_config import StageConfig
 
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 NANO, QUICKSTART = "runs/nano", "runs/quickstart"
 """Where the default's clips and backbones are made, and where the quickstart makes its own, below the storage."""
 
 
 def run_job(name: str, arguments: Sequence[str], *, about: str, default: Path, first_stage_alone: bool = False) -> int:
-    """Run a training job; returns its exit status: 0, 2 with one line on stderr for a user's mistake, 130 for Ctrl-C,
-    143 for SIGTERM.
+    """Run a training job; returns its exit status, as `run_program` has them.
 
     Args:
         about: what --help says above the options.
         default: configuration where the arguments name none.
         first_stage_alone: leave later stages of the configuration out, and refuse one that begins with a second.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
+
+    def work() -> None:
         options = _parser(name, about).parse_intermixed_args(arguments)
         path, config = _config(options.words, default)
         _check_first_stage_was_run(config, path.parent)
         _run(_first_stage(config) if first_stage_alone else config, only_check=options.check)
-    except ValleyError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt as error:
-        print(f"{name}: {str(error) or 'stopped; start it again'}", file=sys.stderr)
-        return TERMINATED if signal.SIGTERM.name in str(error) else INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
 
-
-def _terminate(*_: object) -> NoReturn:
-    """SIGTERM as an exception: what was begun is cleaned up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break off the cleaning
-    raise KeyboardInterrupt(f"stopped by {signal.SIGTERM.name}; start it again")
+    return run_program(name, work, stopped="stopped; start it again")
 
 
 def _run(config: TrainConfig, *, only_check: bool) -> None:
@@ -76,7 +60,6 @@ def _run(config: TrainConfig, *, only_check: bool) -> None:
     name = config.run_name or time.strftime("train-%Y%m%d-%H%M%S")
     print(f"run: {name} in {config.storage}; run_name={name} goes on with it", flush=True)
     connect()
-    signal.signal(signal.SIGTERM, _terminate)  # Ray has put its own there
     quiet_ray_data()
     result = train(config.model_copy(update={"run_name": name}))
     print(f'{result.text()}\ntry: valley-ray ask --model {result.model_folder} --video CLIP.mp4 "What is moving?"')

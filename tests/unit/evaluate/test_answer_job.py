@@ -1,29 +1,23 @@
 """jobs/answer.py: what can be typed, and mistakes in one line before Ray starts."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from asked import make_records
+from job_files import JOBS, load_job
 
 from valley_ray.errors import ConfigError
 from valley_ray.evaluate import generated
 from valley_ray.evaluate.answer_words import read_words
 from valley_ray.evaluate.config import AnswerSettings
 
-ROOT = Path(__file__).parents[3]
-DEFAULT = ROOT / "jobs" / "configs" / "answer.yaml"
+DEFAULT = JOBS / "configs" / "answer.yaml"
 
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("answer_job", ROOT / "jobs" / "answer.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_job("answer")
 
 
 @pytest.fixture

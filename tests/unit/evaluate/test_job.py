@@ -1,23 +1,16 @@
 """jobs/evaluate.py: help, and mistakes in one line before Ray starts."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from asked import make_records
-
-ROOT = Path(__file__).parents[3]
+from job_files import load_job
 
 
 @pytest.fixture(scope="module")
 def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_job", ROOT / "jobs" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_job("evaluate")
 
 
 def test_help_says_what_it_does(job: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
