@@ -52,10 +52,17 @@ def convert(
     """
     source, output = Path(source), Path(output)
     check_output(output)
-    model = ValleyForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto", base=base)
-    processor = ValleyProcessor.from_pretrained(source if base is None else Path(base))
+    model, processor = open_whole(source, base=base, dtype=dtype)
     origin = {"converted from": f"`{source.resolve().name}`"}
     _write(model, processor, output, origin=origin, license_name=_license_of(source))
+
+
+def open_whole(
+    source: Path, *, base: str | Path | None, dtype: torch.dtype | None
+) -> tuple[ValleyForConditionalGeneration, ValleyProcessor]:
+    """A model folder, adapters merged, and its processor or, where `base` is named, that of the base."""
+    model = ValleyForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto", base=base)
+    return model, ValleyProcessor.from_pretrained(source if base is None else Path(base))
 
 
 def compose(

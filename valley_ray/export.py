@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from valley_ray.answering import build_prompt, check_fit
 from valley_ray.assistant import AskInput, Locator, Question
 from valley_ray.chat.conversation import Conversation, Message
-from valley_ray.convert import CARD_FILE, check_output, whole_folder
+from valley_ray.convert import CARD_FILE, check_output, open_whole, whole_folder
 from valley_ray.errors import CheckpointError
 from valley_ray.looking import Eyes
 from valley_ray.media.sampling import FrameSampling
@@ -66,8 +66,7 @@ def export_vllm(
     """
     source, output = Path(source), Path(output)
     check_output(output)
-    model = ValleyForConditionalGeneration.from_pretrained(source, dtype=dtype or "auto", base=base)
-    processor = ValleyProcessor.from_pretrained(source if base is None else Path(base))
+    model, processor = open_whole(source, base=base, dtype=dtype)
     check_fit(model.config, processor)
     with whole_folder(output) as folder:
         write_language_model(model.core.language_model, folder, generation_config=model.generation_config)

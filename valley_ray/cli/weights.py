@@ -5,9 +5,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from valley_ray.cli.arguments import DTYPES
+from valley_ray.cli.folders import add_dtype, add_output, add_source_and_output, check_input, check_output, dtype_of
 from valley_ray.cli.opening import quiet_libraries
-from valley_ray.errors import CheckpointError
 
 POOLINGS = ("mean", "max", "importance", "delta")
 """As `valley_ray.model.pooling` has them; --help must not import torch."""
@@ -33,9 +32,8 @@ def _add_convert(commands: Any) -> None:
         allow_abbrev=False,
     )
     convert.set_defaults(run=_run_convert)
-    convert.add_argument("source", type=Path, metavar="SOURCE", help="model folder to read")
-    convert.add_argument("output", type=Path, metavar="OUTPUT", help="new folder to write")
-    _add_dtype(convert)
+    add_source_and_output(convert)
+    add_dtype(convert)
 
 
 def _add_compose(commands: Any) -> None:
@@ -57,8 +55,8 @@ def _add_compose(commands: Any) -> None:
         help="how frames become one set of patch tokens (default: %(default)s)",
     )
     compose.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    _add_output(compose)
-    _add_dtype(compose)
+    add_output(compose)
+    add_dtype(compose)
 
 
 def _add_merge_lora(commands: Any) -> None:
@@ -73,8 +71,8 @@ def _add_merge_lora(commands: Any) -> None:
     merge.add_argument(
         "--base", type=Path, metavar="FOLDER", help="model that the adapter was trained on (default: as it says)"
     )
-    _add_output(merge)
-    _add_dtype(merge)
+    add_output(merge)
+    add_dtype(merge)
 
 
 def _add_make_delta(commands: Any) -> None:
@@ -85,7 +83,7 @@ def _add_make_delta(commands: Any) -> None:
     make.set_defaults(run=_run_make_delta)
     make.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
     make.add_argument("--target", type=Path, required=True, metavar="FOLDER", help="model that was trained from it")
-    _add_output(make)
+    add_output(make)
 
 
 def _add_apply_delta(commands: Any) -> None:
@@ -99,41 +97,43 @@ def _add_apply_delta(commands: Any) -> None:
     apply.set_defaults(run=_run_apply_delta)
     apply.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="base language model (LLaMA)")
     apply.add_argument("--delta", type=Path, required=True, metavar="FOLDER", help="folder written by make-delta")
-    _add_output(apply)
+    add_output(apply)
 
 
 def _run_convert(options: argparse.Namespace) -> int:
-    _check_input(options.source, "config.json", "adapter_config.json")
+    check_input(options.source, "config.json", "adapter_config.json")
     _convert(options.source, options)
     return 0
 
 
 def _run_compose(options: argparse.Namespace) -> int:
-    _check_output(options.output)
-    import torch
-
+    check_output(options.output)
     from valley_ray.convert import compose
 
     quiet_libraries()
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
     compose(
-        options.tower, options.language_model, options.output, pooling=options.pooling, dtype=dtype, seed=options.seed
+        options.tower,
+        options.language_model,
+        options.output,
+        pooling=options.pooling,
+        dtype=dtype_of(options),
+        seed=options.seed,
     )
     print(f"wrote {options.output}; train it: python jobs/finetune.py CONFIG.yaml with model: {options.output}")
     return 0
 
 
 def _run_merge_lora(options: argparse.Namespace) -> int:
-    _check_input(options.adapter, "adapter_config.json")
+    check_input(options.adapter, "adapter_config.json")
     if options.base is not None:
-        _check_input(options.base, "config.json")
+        check_input(options.base, "config.json")
     _convert(options.adapter, options, base=options.base)
     return 0
 
 
 def _run_make_delta(options: argparse.Namespace) -> int:
-    _check_input(options.base, "config.json")
-    _check_input(options.target, "config.json")
+    check_input(options.base, "config.json")
+    check_input(options.target, "config.json")
     from valley_ray.model.delta import make_delta
 
     make_delta(options.base, options.target, options.output)
@@ -144,8 +144,8 @@ def _run_make_delta(options: argparse.Namespace) -> int:
 
 
 def _run_apply_delta(options: argparse.Namespace) -> int:
-    _check_input(options.base, "config.json")
-    _check_input(options.delta, "config.json")
+    check_input(options.base, "config.json")
+    check_input(options.delta, "config.json")
     from valley_ray.model.delta import apply_delta
 
     apply_delta(options.base, options.delta, options.output)
@@ -154,42 +154,14 @@ def _run_apply_delta(options: argparse.Namespace) -> int:
 
 
 def _convert(source: Path, options: argparse.Namespace, base: Path | None = None) -> None:
-    _check_output(options.output)
-    import torch
-
+    check_output(options.output)
     from valley_ray.convert import convert
 
     quiet_libraries()
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    convert(source, options.output, base=base, dtype=dtype)
+    convert(source, options.output, base=base, dtype=dtype_of(options))
     _say_how_to_ask(options.output)
-
-
-def _check_output(folder: Path) -> None:
-    """Said before torch is imported."""
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name a new folder, so that nothing is overwritten")
 
 
 def _say_how_to_ask(folder: Path) -> None:
     quoted = shlex.quote(str(folder))
     print(f'wrote {folder}; ask it: valley-ray ask --model {quoted} --video CLIP.mp4 "What is moving?"')
-
-
-def _check_input(folder: Path, *names: str) -> None:
-    """Said before torch is imported: the folder holds one of the files by which its kind is known."""
-    if not any((folder / name).is_file() for name in names):
-        raise CheckpointError(f"{folder} has no {' or '.join(names)}; check the path")
-
-
-def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder to write")
-
-
-def _add_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="TYPE",
-        help="of the written weights: float32, float16, bfloat16 (default: as in the files)",
-    )
