@@ -4,16 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from valley_ray.media.sampling import FrameSampling
+from valley_ray.benchmarks.small_models import WORDS, make_model, save_model
 from valley_ray.model import ValleyForConditionalGeneration
 from valley_ray.model.config import ID_FIELD_OF_TOKEN, ValleyConfig
-from valley_ray.nano.language import make_tokenizer
-from valley_ray.nano.world import COLORS, DIRECTIONS, SHAPES
-from valley_ray.processor import ProcessorConfig, ValleyProcessor
 
-MAX_LENGTH = 512
 FEWEST_WORDS, MOST_WORDS = 64, 192
 """Of an answer to train on."""
 
@@ -42,42 +38,14 @@ _SHAPES = {
 
 def make_small_model(folder: Path) -> Path:
     """Write a model folder: a tower of 224 pixels (P = 49), a language model of about six million parameters."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=224,
-            patch_size=32,
-        )
-    )
-    language_model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model = ValleyForConditionalGeneration.from_backbones(tower, language_model, tokenizer)
-    model.save_pretrained(folder)
-    config = ProcessorConfig(
-        num_patches=model.config.num_patches, sampling=FrameSampling(num_frames=8), max_length=MAX_LENGTH
-    )
-    ValleyProcessor(tokenizer, config).save_pretrained(folder)
+    model, tokenizer = make_model(tower_width=64, tower_heads=2, patch_size=32, width=256, num_layers=6)
+    save_model(model, tokenizer, folder)
     return folder
 
 
 def random_text(random: np.random.Generator) -> str:
     """Words that the small model's tokenizer knows."""
-    words = random.choice([*COLORS, *SHAPES, *DIRECTIONS], random.integers(FEWEST_WORDS, MOST_WORDS + 1))
+    words = random.choice(WORDS, random.integers(FEWEST_WORDS, MOST_WORDS + 1))
     return " ".join(words)
 
 
