@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from valley_ray.data.commit import ShardWriter
+from valley_ray.data.report import write_report
 from valley_ray.data.schema import CLIPS_SCHEMA, FAILED, OK, SAMPLES_SCHEMA
 from valley_ray.media.frames import VideoFrames
 
@@ -122,3 +123,10 @@ class Page(HTMLParser):
     def rows(self, label: str) -> list[list[str]]:
         """Cells of the body of a table."""
         return [[" ".join(cell.split()) for cell in row] for row in self.tables[label][1:]]
+
+
+def report(tmp_path: Path, clips: pa.Table, samples: pa.Table, **changes: Any) -> Page:
+    """The page written about the tables; `changes` go to `write_report`."""
+    output = tmp_path / "report.html"
+    write_report(clips, samples, changes.pop("shards_dir", tmp_path), output, title="a set", **changes)
+    return Page(output.read_text(encoding="utf-8"))
