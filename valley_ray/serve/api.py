@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from valley_ray.chat.conversation import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
 from valley_ray.errors import OverloadedError, UnavailableError
+from valley_ray.serve.body_limit import BodyLimit
 from valley_ray.serve.chat import Answer, answers, event_stream, read_question, whole_reply
 from valley_ray.serve.chat_reply import ChatCompletion, Reply
 from valley_ray.serve.chat_request import ChatCompletionRequest
@@ -24,7 +25,7 @@ from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.files import FileStore
 from valley_ray.serve.files_api import files_router
 from valley_ray.serve.gate import REQUEST_ID, Gate
-from valley_ray.serve.http_errors import BodyLimit, ErrorReply, add_error_handlers
+from valley_ray.serve.http_errors import ErrorReply, add_error_handlers
 from valley_ray.serve.keys import Keys
 from valley_ray.serve.media_source import MediaSource
 from valley_ray.serve.models_api import ServedModels
@@ -83,7 +84,7 @@ def build_api(
     # Base64 makes four bytes of three.
     chat_bytes = config.max_media_bytes * 4 // 3 + _ROOM_FOR_TEXT_BYTES
     file_bytes = config.files.max_file_bytes + _ROOM_FOR_FORM_BYTES
-    api.add_middleware(BodyLimit, max_bytes=lambda path: file_bytes if path == "/v1/files" else chat_bytes)
+    api.add_middleware(BodyLimit, chat_bytes=chat_bytes, file_bytes=file_bytes, timeout_s=config.body_timeout_s)
     api.add_middleware(
         Gate,
         keys=keys,

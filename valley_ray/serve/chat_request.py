@@ -145,6 +145,8 @@ MAX_TOP_LOGPROBS = 20
 
 MAX_BIASES = 300
 """As OpenAI's API."""
+MAX_TOP_K = 2**31 - 1
+"""More tokens than any vocabulary has, as a number that tensors hold."""
 
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -163,7 +165,7 @@ class ChatCompletionRequest(FrameFields):
     temperature: float | None = Field(default=None, ge=0, le=2)
     """None and 0: greedy. OpenAI's own default of 1 is for essays; questions about a video have an answer."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0, le=MAX_TOP_K)
     """0: off. Not in OpenAI's schema."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)

@@ -46,6 +46,9 @@ class ServeConfig(Config):
     """Fetch from allowed hosts in the private network or on this machine too."""
     fetch_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """Longest download of one URL, seconds."""
+    body_timeout_s: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """Longest that the body of a request may take to arrive, seconds; after a tenth of it without a byte it is given
+    up too."""
     files: FilesConfig = FilesConfig()
     """Files that clients upload."""
 

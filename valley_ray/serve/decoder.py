@@ -10,7 +10,9 @@ import torch
 from ray.serve.handle import DeploymentHandle
 
 from valley_ray.answering import build_prompt, check_fit, complete_params
+from valley_ray.chat.conversation import Conversation
 from valley_ray.engine.open import open_engine
+from valley_ray.errors import PromptTooLongError
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve import metrics
 from valley_ray.serve.answer_watch import AnswerWatch
@@ -22,6 +24,9 @@ from valley_ray.serve.engine_thread import EngineThread
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef
 from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.served_adapters import Served, ServedAdapters
+
+_CHARACTERS_PER_TOKEN = 64
+"""More than tokens of real text have; a message has at least one token."""
 
 
 class LanguageDecoder:
@@ -75,6 +80,7 @@ class LanguageDecoder:
     ) -> AsyncGenerator[AnswerDelta, None]:
         if request.answered:
             check_version(request.answered_with, served.version)
+        _check_length(request.conversation, self._max_length)
         looks = zip(request.media, request.frames, strict=True)
         visual_tokens = await asyncio.gather(*(self._look_at(media, wish, served, watch) for media, wish in looks))
         if request.media:
@@ -133,6 +139,19 @@ class LanguageDecoder:
     def __del__(self) -> None:
         if hasattr(self, "_thread"):  # not where opening the model failed
             self._thread.close()
+
+
+def _check_length(conversation: Conversation, max_length: int) -> None:
+    """Refuse what cannot fit before it is tokenized, which takes seconds for megabytes while no other answer goes on.
+
+    Raises PromptTooLongError.
+    """
+    num_characters = sum(len(message.content) + _CHARACTERS_PER_TOKEN for message in conversation.messages)
+    if num_characters > max_length * _CHARACTERS_PER_TOKEN:
+        raise PromptTooLongError(
+            f"about {num_characters} characters in {len(conversation.messages)} messages are more than "
+            f"the {max_length} tokens of the model hold; shorten the conversation"
+        )
 
 
 def _tell_load(running: int, waiting: int) -> None:

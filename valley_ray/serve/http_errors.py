@@ -7,7 +7,6 @@ foresaw is a 500 without details, which stand in the log.
 import difflib
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from valley_ray.errors import (
     ConversationError,
@@ -27,13 +26,23 @@ from valley_ray.errors import (
     ValleyError,
 )
 from valley_ray.serve.chat_request import ChatCompletionRequest
-from valley_ray.serve.refusals import RateLimitError, RequestTooLargeError, UnauthorizedError, UnknownFileError
+from valley_ray.serve.refusals import (
+    RateLimitError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    UnauthorizedError,
+    UnknownFileError,
+)
 from valley_ray.serve.visit import note_refusal
 
 logger = logging.getLogger(__name__)
 
 _FORMS = (("content", "string"), ("content", "parts"), ("stop", "string"), ("stop", "list"))
 """Names that the schema gives to forms of a field; they follow the field in a problem's place."""
+_MOST_SHOWN = 500
+"""Characters of a message: what it quotes came from the client, and may be as long as a body."""
+_MOST_NAMED = 120
+"""Characters of a field's name."""
 
 _PARAMS: tuple[tuple[type[ValleyError], str], ...] = (
     (UnknownModelError, "model"),
@@ -116,50 +125,29 @@ def add_error_handlers(api: FastAPI) -> None:
         api.add_exception_handler(kind, answer)
 
 
-class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes(path)` bytes, before or while it is read."""
-
-    def __init__(self, app: ASGIApp, *, max_bytes: Callable[[str], int]) -> None:
-        self._app, self._max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit = self._max_bytes(scope["path"])
-        declared = dict(scope.get("headers", ())).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
-            return
-        num_read = 0
-
-        async def counting() -> Message:
-            nonlocal num_read
-            message = await receive()
-            num_read += len(message.get("body", b""))
-            if num_read > limit:
-                # Starlette's own kind: FastAPI turns anything else that reading a body raises into a 400.
-                raise HTTPException(413, str(_too_large(limit)))
-            return message
-
-        await self._app(scope, counting, send)
-
-
-def _too_large(limit: int) -> RequestTooLargeError:
-    return RequestTooLargeError(f"the request is larger than {limit} bytes; upload the file, or send a smaller one")
-
-
 def _body(message: str, status: int, code: str, param: str | None) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    if status == 413:
-        code = RequestTooLargeError.code
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    # What reading a body raises is Starlette's own kind, see BodyLimit.
+    code = {one.http_status: one.code for one in (RequestTooLargeError, RequestTimeoutError)}.get(status, code)
+    if param is not None:
+        param = _cut(param, _MOST_NAMED)
+    return {"error": {"message": _cut(message, _MOST_SHOWN), "type": kind, "code": code, "param": param}}
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _path(problem: dict[str, Any]) -> str:
     """Where the problem is, as the client wrote it: without the names of the forms that a field can have."""
     parts = [part for part in problem["loc"] if part != "body"]
-    kept = [str(part) for before, part in zip([None, *parts], parts, strict=False) if (before, part) not in _FORMS]
+    kept = []
+    for index, part in enumerate(parts):
+        is_form = tuple(parts[index - 1 : index + 1]) in _FORMS
+        # The type of a content part follows its number.
+        is_type = index >= 2 and parts[index - 2] == "parts"
+        if not is_form and not is_type:
+            kept.append(_cut(str(part), _MOST_NAMED))
     return ".".join(kept)
 
 
@@ -171,6 +159,10 @@ def _describe(problem: dict[str, Any]) -> str:
         known = list(ChatCompletionRequest.model_fields) if "." not in path else []
         nearest = difflib.get_close_matches(path, known, n=1)
         return f"unknown field {path!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    if problem["type"] == "union_tag_not_found":
+        return f"{path}: expected a part with a type, such as {{'type': 'text', 'text': '...'}}"
+    if problem["type"] == "union_tag_invalid":
+        return f"{path}: expected a part of type {problem['ctx']['expected_tags']}, got {problem['ctx']['tag'][:60]!r}"
     if problem["type"] == "value_error":
         where = f"{path}: " if path else ""
         return f"{where}{problem['ctx']['error']}"

@@ -51,6 +51,13 @@ class RequestTooLargeError(ValleyError):
     http_status = 413
 
 
+class RequestTimeoutError(ValleyError):
+    """A body that stops arriving, or takes too long."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
 class UploadError(ValleyError):
     """A body that is no multipart upload of one file with a purpose."""
 

@@ -103,6 +103,13 @@ async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Pat
         ({"messages": []}, "messages: ", "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role: ", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0: ", None),
+        ({"messages": [{"role": "user", "content": [{}]}]}, "0.content.0: expected a part with a type", None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": 1}, "fps": None}]}]},
+            "messages.0.content.0.file.file_id: input should be a valid string",
+            "messages.0.content.0.file.file_id",
+        ),
+        ({"top_k": 10**400, "temperature": 1}, "top_k: input should be less than or equal to 2147483647", "top_k"),
         ({"messages": [{"role": "user", "content": "a <video>"}]}, "the text contains <video>", "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "the question is empty", "messages"),
         ({"num_frames": 4, "fps": 1}, "send num_frames or fps, not both", None),
@@ -118,6 +125,16 @@ async def test_bad_fields_are_named(change: dict[str, Any], message: str, param:
     if param is not None:
         assert error["param"] == param
     assert not recorder.requests
+
+
+async def test_a_message_quotes_no_more_than_a_line_of_the_request() -> None:
+    long = "k" * 100_000
+    for change in ({long: 1}, {"logit_bias": {long: 1}}, {"n": 10**4000}, {"model": long}, {"metadata": {long: 1}}):
+        reply = await send(app(two_words()), json={**HELLO, **change})
+        error = reply.json()["error"]
+        assert reply.status_code in (400, 404)
+        assert len(error["message"]) <= 500
+        assert len(error["param"] or "") <= 120
 
 
 async def test_half_characters_are_refused_like_anything_else() -> None:

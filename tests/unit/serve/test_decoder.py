@@ -9,7 +9,7 @@ import pytest
 
 from valley_ray.chat import Conversation, Message
 from valley_ray.engine.engine import SamplingParams
-from valley_ray.errors import OtherWeightsError
+from valley_ray.errors import OtherWeightsError, PromptTooLongError
 from valley_ray.processor import ValleyProcessor
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.decoder import LanguageDecoder
@@ -117,3 +117,12 @@ def test_an_answer_goes_on_behind_what_another_decoder_sent(tiny_valley: Path, s
         assert rest[-1].finish_reason == "length"
     with pytest.raises(OtherWeightsError):
         asyncio.run(read(other, replace(behind, answered_with="two")))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(tiny_valley: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = LanguageDecoder(ServeConfig(model=tiny_valley), SimpleNamespace())
+    monkeypatch.setattr(ValleyProcessor, "encode_prompt", lambda *_: pytest.fail("it was tokenized"))
+    for messages in ((Message("user", "x " * 20_000),), tuple(Message("user", "x") for _ in range(600))):
+        request = AnswerRequest("r", Conversation(messages), (), (), SamplingParams(max_tokens=4), False, False)
+        with pytest.raises(PromptTooLongError, match="the 512 tokens of the model"):
+            asyncio.run(anext(decoder.answer(request)))
