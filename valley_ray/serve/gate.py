@@ -107,15 +107,22 @@ class Gate:
     def _check_origin(self, headers: Headers) -> None:
         """A page from elsewhere must not use a server that asks for no key through the browser of whoever runs it."""
         host = headers.get("host", "")
-        if self._is_private and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._is_private and not is_loopback(_host_name(f"//{host}")):
             raise ForbiddenOriginError(f"this server is 127.0.0.1 or localhost, not {host[:100]!r}; set API keys")
         origin = headers.get("origin")
         if origin is None or self._keys or "*" in self._origins or origin in self._origins:
             return
-        parts = urlsplit(origin)
-        if parts.netloc == host and is_loopback(parts.hostname or ""):
+        if origin.partition("://")[2] == host and is_loopback(_host_name(origin)):
             return
         raise ForbiddenOriginError(f"web pages of origin {origin[:100]!r} may not ask here; add it to cors_origins")
+
+
+def _host_name(url: str) -> str:
+    """The host that a URL names; "" where it is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # half a bracket
+        return ""
 
 
 def _request_id(headers: Headers) -> str:

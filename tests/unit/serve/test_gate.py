@@ -138,6 +138,19 @@ async def test_web_pages_may_not_ask_a_server_without_keys_unless_listed(keys: K
     assert (await send(listed, json=HELLO, headers=evil)).status_code == 403
 
 
+async def test_a_host_or_an_origin_that_is_no_name_is_refused_like_another() -> None:
+    front = build_api(config(), Backend(answer=two_words().answer, put=bytes), behind_serve=True)
+    local = {"host": "localhost:8000"}
+    for headers in (
+        {"host": "["},
+        {"host": "a]b"},
+        {**local, "origin": "http://["},
+        {**local, "origin": "http://[::1"},
+    ):
+        refused = await send(front, "GET", "/v1/models", headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
 async def test_a_name_that_points_here_is_no_address_of_a_private_server() -> None:
     def served(**fields: Any) -> FastAPI:
         return build_api(config(**fields), Backend(two_words().answer, bytes), behind_serve=True)
