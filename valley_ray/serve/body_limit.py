@@ -38,7 +38,7 @@ class BodyLimit:
         limit = self._file_bytes if is_upload else self._chat_bytes
         declared = dict(scope.get("headers", ())).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
-            await error_response(_too_large(limit))(scope, receive, send)
+            await error_response(_too_large(limit, is_upload=is_upload))(scope, receive, send)
             return
         body = _Body(
             receive, max_bytes=limit, max_values=None if is_upload else _MOST_VALUES, timeout_s=self._timeout_s
@@ -73,7 +73,7 @@ class _Body:
     def _count(self, data: bytes) -> None:
         self._num_bytes += len(data)
         if self._num_bytes > self._max_bytes:
-            raise _as_http(_too_large(self._max_bytes))
+            raise _as_http(_too_large(self._max_bytes, is_upload=self._max_values is None))
         if self._max_values is None:
             return
         self._num_values += sum(data.count(mark) for mark in _VALUE_MARKS)
@@ -81,8 +81,9 @@ class _Body:
             raise _as_http(RequestTooLargeError(f"more than {self._max_values} JSON values or commas; send fewer"))
 
 
-def _too_large(limit: int) -> RequestTooLargeError:
-    return RequestTooLargeError(f"the request is larger than {limit} bytes; upload the file, or send a smaller one")
+def _too_large(limit: int, *, is_upload: bool) -> RequestTooLargeError:
+    advice = "send a smaller file" if is_upload else "upload the file, or send a smaller one"
+    return RequestTooLargeError(f"the request is larger than {limit} bytes; {advice}")
 
 
 def _as_http(error: ValleyError) -> HTTPException:

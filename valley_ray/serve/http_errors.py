@@ -163,6 +163,8 @@ def _describe(problem: dict[str, Any]) -> str:
         return f"{path}: expected a part with a type, such as {{'type': 'text', 'text': '...'}}"
     if problem["type"] == "union_tag_invalid":
         return f"{path}: expected a part of type {problem['ctx']['expected_tags']}, got {problem['ctx']['tag'][:60]!r}"
+    if problem["type"] == "too_long" and not problem["ctx"]["max_length"]:
+        return f"{path}: not supported here; leave it out"
     if problem["type"] == "value_error":
         where = f"{path}: " if path else ""
         return f"{where}{problem['ctx']['error']}"

@@ -99,7 +99,7 @@ async def test_data_uris_become_references_and_base64_stays_behind(tmp_path: Pat
         ({"top_logprobs": 2}, "top_logprobs needs logprobs: true", None),
         ({"start_s": 2, "end_s": 1}, "end_s must be after start_s", None),
         ({"temperature": 3}, "temperature: input should be less than or equal to 2", "temperature"),
-        ({"tools": [{}]}, "tools: ", "tools"),
+        ({"tools": [{}]}, "tools: not supported here; leave it out", "tools"),
         ({"messages": []}, "messages: ", "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role: ", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages.0.content.0: ", None),

@@ -62,3 +62,11 @@ async def test_a_body_of_too_many_values_is_a_413_before_it_is_read() -> None:
         reply = await send(front, content=b'{"metadata":' + values, headers=JSON)
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
         assert "JSON values" in reply.json()["error"]["message"]
+
+
+async def test_whoever_uploads_too_much_is_not_told_to_upload_it(tmp_path: Path) -> None:
+    front = app(settings=config(tmp_path, files={"max_file_bytes": 10}))
+    upload = {"data": {"purpose": "vision"}, "files": {"file": ("a", b"b" * 70_000)}}
+    reply = await send(front, path="/v1/files", **upload)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+    assert reply.json()["error"]["message"].endswith("send a smaller file")
