@@ -11,15 +11,15 @@ from typing import Any
 
 from valley_ray.chat.conversation import MediaKind
 from valley_ray.errors import SamplingError
-from valley_ray.fetch import FetchPolicy, fetch, media_key, shorten
-from valley_ray.serve.chat_request import ChatCompletionRequest, FilePart, ImagePart, MediaContent
+from valley_ray.fetch import FetchPolicy, fetch, locator_kind, media_key, shorten
+from valley_ray.serve.chat_request import ChatCompletionRequest, FilePart, ImagePart, MediaContent, VideoPart
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.files import FILE_ID, FileStore
 from valley_ray.serve.protocol import FrameWish, MediaRef
 from valley_ray.serve.refusals import OverLimitError, RequestTooLargeError
 
 _NUM_THREADS = 8
-"""Downloads and decodings of base64 at once; a slow host must not take the threads that other requests need."""
+"""Downloads at once, and as many decodings of base64: nobody waits behind a slow host who names none."""
 
 
 class MediaSource:
@@ -39,6 +39,7 @@ class MediaSource:
             timeout_s=config.fetch_timeout_s,
         )
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="media")
+        self._downloads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="download")
 
     def parts_of(self, body: ChatCompletionRequest) -> list[MediaContent]:
         """The media parts of all messages, in order; raises OverLimitError for too many."""
@@ -81,14 +82,22 @@ class MediaSource:
     async def refs(self, parts: Sequence[MediaContent], owner: str) -> tuple[MediaRef, ...]:
         """The media of all parts; files are those of `owner`. Raises FetchError, UnknownFileError."""
         loop = asyncio.get_running_loop()
-        found = [loop.run_in_executor(self._threads, self._ref, part, owner) for part in parts]
-        return tuple(await asyncio.gather(*found))
+        found = [loop.run_in_executor(self._threads_for(part), self._ref, part, owner) for part in parts]
+        try:
+            return tuple(await asyncio.gather(*found))
+        finally:
+            for one in found:  # the first that fails refuses the request; what has not begun is not wanted any more
+                one.cancel()
+
+    def _threads_for(self, part: MediaContent) -> ThreadPoolExecutor:
+        is_download = not isinstance(part, FilePart) and locator_kind(_url_of(part)) == "http"
+        return self._downloads if is_download else self._threads
 
     def _ref(self, part: MediaContent, owner: str) -> MediaRef:
         if isinstance(part, FilePart):
             return self._stored(part.file.file_id, None, owner)
         kind: MediaKind = "image" if isinstance(part, ImagePart) else "video"
-        url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
+        url = _url_of(part)
         if FILE_ID.fullmatch(url):
             return self._stored(url, kind, owner)
         fetched = fetch(url, self._policy)
@@ -126,6 +135,10 @@ def as_openai(body: ChatCompletionRequest, refs: Sequence[MediaRef]) -> list[dic
         {"role": "system" if one.role == "developer" else one.role, "content": content(one.content)}
         for one in body.messages
     ]
+
+
+def _url_of(part: VideoPart | ImagePart) -> str:
+    return part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
 
 
 def _kind_of(path: Path) -> MediaKind:

@@ -1,13 +1,15 @@
 """Where media comes from: the policy of the server, by every kind of locator."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from serve_stand_in import Recorder, app, config, send, two_words
 
 from valley_ray.errors import SamplingError
@@ -53,10 +55,14 @@ def site() -> Iterator[str]:
 
 
 async def ask(url: str, recorder: Recorder | None = None, *, num: int = 1, **fields: Any) -> httpx.Response:
+    return await ask_front(app(recorder, config(**fields)), url, num=num)
+
+
+async def ask_front(front: FastAPI, url: str, *, num: int = 1) -> httpx.Response:
     video = {"type": "video_url", "video_url": {"url": url}}
     content = [*([video] * num), {"type": "text", "text": "what?"}]
     body = {"model": "tiny", "messages": [{"role": "user", "content": content}]}
-    return await send(app(recorder, config(**fields)), json=body)
+    return await send(front, json=body)
 
 
 def code(reply: httpx.Response) -> tuple[int, str]:
@@ -142,3 +148,34 @@ def test_wishes_change_what_they_name_and_nothing_else() -> None:
     assert FrameWish(end_s=2.0).over(by_rate).start_s is None
     with pytest.raises(SamplingError, match="end_s must be after start_s"):
         FrameWish(start_s=2.0, end_s=1.0).over(default)
+
+
+async def test_nobody_waits_behind_the_slow_downloads_of_others(tmp_path: Path) -> None:
+    begun, ended = threading.Semaphore(0), threading.Event()
+
+    class Silent(_Site):
+        def do_GET(self) -> None:
+            begun.release()
+            ended.wait(10)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"bytes")
+    front = app(settings=config(allow_hosts=("127.0.0.1",), allow_private_addresses=True, allow_roots=(tmp_path,)))
+    silent = f"http://127.0.0.1:{server.server_address[1]}/1"
+    try:
+        slow = asyncio.create_task(ask_front(front, silent, num=16))
+        for _ in range(8):
+            assert await asyncio.to_thread(begun.acquire, timeout=5)
+        async with asyncio.timeout(5):
+            assert (await ask_front(front, str(clip))).status_code == 200
+        assert not slow.done()
+        ended.set()
+        assert (await slow).json()["error"]["code"] == "fetch_interrupted"
+    finally:
+        ended.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
