@@ -98,7 +98,7 @@ def open_url(
                 if response.status not in _REDIRECTS:
                     yield Answer(url, response, deadline, timeout_s, silence_s, num_requests=num_redirects + 1)
                     return
-                target = urljoin(url, response.getheader("Location") or "")
+                target = _redirected(url, response.getheader("Location") or "")
                 if response.status not in (307, 308):
                     method = "GET"
             if parts.scheme == "https" and urlsplit(target).scheme != "https":
@@ -194,6 +194,15 @@ class Answer:
     def _failed(self, error: Exception) -> TransientFetchError:
         parts = urlsplit(self.url)
         return _failed(parts, error, self._timeout_s, self._silence_s, expired=self._deadline.expired)
+
+
+def _redirected(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError(
+            f"{urlsplit(url).hostname}: redirects to no valid URL ({error}); give the final one"
+        ) from error
 
 
 def _request(

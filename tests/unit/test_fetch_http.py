@@ -96,6 +96,11 @@ def test_redirect_elsewhere_is_refused(server, url):
         fetch(f"{server}/to/?{url}", FetchPolicy(**LOOPBACK))
 
 
+def test_a_redirect_to_no_url_is_refused(server):
+    with pytest.raises(FetchError, match="redirects to no valid URL"):
+        fetch(f"{server}/to/?http://[", FetchPolicy(**LOOPBACK))
+
+
 def test_endless_redirects_end(server):
     with pytest.raises(FetchError, match="redirects"):
         fetch(f"{server}/to/?/to/?/to/?/to/?/to/?/good", FetchPolicy(max_redirects=2, **LOOPBACK))
