@@ -4,6 +4,7 @@ Joins another Ray only where RAY_ADDRESS names it. Knows no command line.
 """
 
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import ray
 
 from valley_ray.serve.app import ServedApp, build, free_port, run
+from valley_ray.serve.capacity import check_capacity
 from valley_ray.serve.config import HttpOptions, ServeConfig
 from valley_ray.serve.keys import check_exposure, read_keys
 from valley_ray.session import connect
@@ -22,8 +24,8 @@ def run_standalone(config: ServeConfig, http: HttpOptions) -> Iterator[ServedApp
 
     What Serve and the replicas log goes to Ray's log folder alone (`/tmp/ray/session_latest/logs/serve`).
 
-    Raises PortInUseError or ConfigError, before Ray is started where that can be seen; UnavailableError where a
-    deployment does not come up.
+    Raises PortInUseError or ConfigError, before Ray is started where that can be seen (whether this machine has what
+    the replicas reserve is seen by its Ray); UnavailableError where a deployment does not come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     build(config)
@@ -33,6 +35,9 @@ def run_standalone(config: ServeConfig, http: HttpOptions) -> Iterator[ServedApp
     connect(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster that is joined may grow
+            [node] = ray.nodes()
+            check_capacity(config, resources=node["Resources"], labels=node["Labels"])
         with run(config, host=http.host, port=port) as served:
             yield served
     finally:
