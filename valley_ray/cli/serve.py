@@ -1,6 +1,7 @@
 """`valley-ray serve`: a model over HTTP, on a Ray of its own, until Ctrl-C."""
 
 import argparse
+import gc
 import json
 import sys
 import threading
@@ -55,6 +56,8 @@ def _run(options: argparse.Namespace) -> int:
             threading.Event().wait()
     except KeyboardInterrupt:
         print("valley-ray: stopped", file=sys.stderr)
+    # At its end Python searches all that was imported for cycles: 1.5 s on a laptop, for memory that goes anyway.
+    gc.freeze()
     return 0
 
 
