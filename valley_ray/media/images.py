@@ -111,7 +111,7 @@ def _info(image: Any, *, rotation: int | None = None) -> MediaInfo:
 
 
 def _open(source: MediaSource, *, name: str, limits: DecodeLimits) -> Any:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not source_size(source, name=name):
         raise EmptyMediaError(f"{name}: the file is empty (0 bytes)")
@@ -121,6 +121,9 @@ def _open(source: MediaSource, *, name: str, limits: DecodeLimits) -> Any:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise MediaLimitError(f"{name}: {_line(error)}") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(_FORMATS)
+        raise CorruptMediaError(f"{name}: no image of a known format ({known}); copy or convert it again") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise CorruptMediaError(f"{name}: the image header cannot be read ({_line(error)}); copy it again") from error
     check_pixels(image.width, image.height, name=name, limits=limits)

@@ -71,7 +71,7 @@ def frame_indices(sampling: FrameSampling, *, num_frames: int, fps: float) -> np
         raise SamplingError(
             f"cannot sample {sampling.fps} frames per second of media without a frame rate; set num_frames"
         )
-    step = max(1, int(round(fps) / sampling.fps))
+    step = max(1, int(min(round(fps) / sampling.fps, num_frames)))  # a quotient may be infinite
     return np.arange(0, num_frames, step, dtype=np.int64)
 
 

@@ -24,6 +24,10 @@ def test_fps_above_the_clips_rate_takes_every_frame():
     assert frame_indices(FrameSampling(fps=60), num_frames=4, fps=10.0).tolist() == [0, 1, 2, 3]
 
 
+def test_the_smallest_fps_takes_the_first_frame():
+    assert frame_indices(FrameSampling(fps=5e-324), num_frames=4, fps=10.0).tolist() == [0]
+
+
 def test_fps_of_media_without_rate_is_refused():
     with pytest.raises(SamplingError, match="without a frame rate"):
         frame_indices(FrameSampling(fps=1), num_frames=4, fps=0.0)
