@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
 def _config(arguments: list[str]) -> EvaluationConfig:
     overrides = [argument for argument in arguments if "=" in argument]
     paths = [Path(argument) for argument in arguments if "=" not in argument]
+    if options := [one for one in arguments if one.startswith("-")]:
+        raise ValleyError(f"unknown option {options[0]}; records are named by 'sources=[{{path: FILE}}]'")
     if len(paths) > 1:
         raise ValleyError(f"expected one configuration file, got {' and '.join(map(str, paths))}; drop one")
     config = load_config(EvaluationConfig, paths[0] if paths else GENERATED, overrides).under(storage_root())

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -168,8 +168,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
     name = ".".join(location) or "value"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = _nearest(location[-1], known, _nested_keys(model) if len(location) == 1 else {})
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
         return f"unknown key {name!r}{hint} (valid keys: {', '.join(known)})"
     if problem["type"] == "value_error":
         # A validator of ours: its sentence names the fields, as `self.field=value`.
@@ -188,6 +188,25 @@ def _known_keys(model: type[BaseModel], parents: list[str]) -> list[str]:
         nested = [found for annotation in annotations for found in _models_in(annotation)]
         current = nested or current
     return sorted({key for m in current for key in m.model_fields})
+
+
+def _nearest(word: str, known: Sequence[str], nested: Mapping[str, str]) -> str | None:
+    """The key that was meant: one beside it, or (`nested`, by its last part) one further in that is much more alike."""
+    beside = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    further = difflib.get_close_matches(word, nested, n=1, cutoff=0.8)
+    if beside or not further:
+        return next(iter(beside or difflib.get_close_matches(word, known, n=1, cutoff=0.0)), None)
+    return nested[further[0]]
+
+
+def _nested_keys(model: type[BaseModel]) -> dict[str, str]:
+    """Keys of the settings one level further in → how they are written, such as `stages.0.max_steps`."""
+    found: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        is_list = get_origin(field.annotation) in (tuple, list)
+        for one in _models_in(field.annotation):
+            found |= {key: f"{name}{'.0' * is_list}.{key}" for key in one.model_fields}
+    return found
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

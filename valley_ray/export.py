@@ -220,12 +220,14 @@ prompts: tower, projector, pooling, processor (of valley_ray).
 
 ## Serve it
 
+From the folder in which `{name}` lies:
+
     vllm serve {name} --enable-prompt-embeds --dtype {dtype}
 
 ## Ask it about a video
 
 A prompt is a tensor [tokens, {width}] of {dtype}: embeddings of the text around those of the video. `pip install
-valley-ray` makes them, on any machine with this folder:
+valley-ray` makes them, on any machine with this folder, again from the one in which it lies:
 
 ```python
 import base64

@@ -7,7 +7,7 @@ import socket
 import threading
 from typing import Any
 
-from valley_ray.errors import ConfigError
+from valley_ray.errors import ConfigError, UnavailableError
 
 OOM_RETRIES_VARIABLE = "RAY_task_oom_retries"
 OOM_RETRIES = 16
@@ -27,6 +27,7 @@ def connect(*, include_dashboard: bool = True, **options: Any) -> None:
 
     Raises:
         ConfigError: RAY_ADDRESS names a cluster that cannot be joined.
+        UnavailableError: a cluster of our own does not start in the time that Ray gives it.
     """
     import ray
 
@@ -48,7 +49,12 @@ def _init(*, include_dashboard: bool, **options: Any) -> None:
         if OOM_RETRIES_VARIABLE not in os.environ:
             # The environment would be too late: Ray has read it when it was imported.
             options["_system_config"] = {"task_oom_retries": OOM_RETRIES, **(options.get("_system_config") or {})}
-        ray.init(address="local", include_dashboard=include_dashboard, **options)
+        try:
+            ray.init(address="local", include_dashboard=include_dashboard, **options)
+        except Exception as error:  # Ray's own has no class of its own
+            if "timed out during startup" in str(error):
+                raise UnavailableError("Ray did not start in a minute, the machine is too busy; try again") from error
+            raise
         return
     _check_reachable(address)
     try:

@@ -67,7 +67,9 @@ def test_serve_answers_until_interrupted(tiny_valley: Path, tmp_path: Path) -> N
         family = descendants(process.pid)
         assert len(family) > 5
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == "valley-ray: stopped\n"
+        started, stopped = process.stderr.read().splitlines()
+        assert started.startswith(f"valley-ray: {tiny_valley} is being started")
+        assert stopped == "valley-ray: stopped"
         assert process.wait(timeout=60) == 0
     assert [pid for pid in family if is_running(pid)] == []
     with Assistant.from_pretrained(tiny_valley) as assistant:

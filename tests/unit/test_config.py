@@ -38,6 +38,9 @@ def test_an_override_reaches_into_a_list_of_the_file(path: Path) -> None:
         ("stages.-1.max_steps=2", "got '-1'"),
         ("lora.0.r=2", "position 0 of lora, which the file does not write as a list; give the list whole"),
         ("stages.0.max_step=2", "did you mean 'max_steps'"),
+        ("max_setps=2", "did you mean 'stages.0.max_steps'"),
+        ("learning_rates=2", "did you mean 'stages.0.learning_rates'"),
+        ("num_worker=2", "did you mean 'num_workers'"),
     ],
 )
 def test_an_override_that_names_no_place_is_told(path: Path, override: str, said: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from valley_ray.errors import ConfigError
+from valley_ray.errors import ConfigError, UnavailableError
 from valley_ray.session import connect
 from valley_ray.storage import storage_root
 from valley_ray.train.config import DataConfig, TrainConfig
@@ -62,6 +62,16 @@ def test_connecting_leaves_a_handler_of_sigterm_in_its_place(monkeypatch: pytest
         assert signal.getsignal(signal.SIGTERM) is own
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_ray_that_is_too_slow_to_start_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(UnavailableError, match="too busy; try again"):
+        connect()
 
 
 def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ def _run(options: argparse.Namespace) -> int:
     check_model(config.model)
     from valley_ray.serve.standalone import run_standalone
 
+    print(f"valley-ray: {config.model} is being started, half a minute on a laptop", file=sys.stderr, flush=True)
     try:
         with run_standalone(config, http) as served:
             _print_welcome(served, config)
@@ -72,6 +73,6 @@ def _print_welcome(served: "ServedApp", config: "ServeConfig") -> None:
     print(f"valley-ray: {served.model_name} answers at {served.url} (Ctrl-C ends it)")
     if config.adapters:
         print(f"Its adapters are asked by the model names {', '.join(map(config.name_under, config.adapters))}.")
-    print(f"Files that requests may name by path: {roots}. Other files go as data: URIs.")
+    print(f"Files that requests may name by path: {roots}. Other files are uploaded (/v1/files) or sent as data: URIs.")
     print(f"curl {served.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     sys.stdout.flush()

@@ -173,9 +173,13 @@ def _table(summary: dict[str, Any]) -> list[str]:
     width = max(map(len, groups))
     lines = [" ".join([" " * width, *(f"{name:>11}" for name in names)])]
     for group, values in groups.items():
-        cells = (f"{values[name]:.4g}" if name in values else "" for name in names)
+        cells = (_cell(name, values[name]) if name in values else "" for name in names)
         lines.append(" ".join([f"{group:<{width}}", *(f"{cell:>11}" for cell in cells)]))
     return lines
+
+
+def _cell(name: str, value: float) -> str:
+    return f"{value:,.0f}" if name == "rows" else f"{value:.1%}" if name == "answered" else f"{value:.4g}"
 
 
 def _write_line(path: Path, line: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ def print_report(
         print(f"  {kind:<10} {value:6.1%}  [{report['harder_chance'][kind]:.1%}]  harder, few examples")
     served = report["served"]
     print(f"\n{served['num_equal']} of {served['num']} answers over HTTP equal the ones given in this process.")
-    print(f"Seconds: {report['seconds']}")
+    print("Seconds: " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items()))
     print(
         f"\nModel folder  {_short(model)}\nReport        {_short(root / 'report.json')}\nLoss curve    {_short(curve)}"
     )

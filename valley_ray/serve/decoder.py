@@ -22,6 +22,7 @@ from valley_ray.serve.delta_writer import DeltaWriter
 from valley_ray.serve.encoder import RemoteEncoder, VisionEncoder, VisualTokenSource, open_model
 from valley_ray.serve.engine_thread import EngineThread
 from valley_ray.serve.protocol import AnswerDelta, AnswerRequest, FrameWish, MediaRef
+from valley_ray.serve.replica_log import say_refusals_in_a_line
 from valley_ray.serve.sampler import FrameSampler
 from valley_ray.serve.served_adapters import Served, ServedAdapters
 
@@ -39,6 +40,7 @@ class LanguageDecoder:
     """
 
     def __init__(self, config: ServeConfig, encoder: VisualTokenSource | DeploymentHandle | None = None) -> None:
+        say_refusals_in_a_line()
         model = open_model(config, config.decoder.device, keep="all" if encoder is None else "language")
         processor = ValleyProcessor.from_pretrained(config.model)
         check_fit(model.config, processor)

@@ -21,6 +21,7 @@ from valley_ray.serve import metrics
 from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
+from valley_ray.serve.replica_log import say_refusals_in_a_line
 from valley_ray.serve.sampler import Frames, FrameSource, RemoteSampler
 from valley_ray.serve.second_try import Crashes, ask_twice
 from valley_ray.serve.shelf import Shelf
@@ -73,6 +74,7 @@ class VisionEncoder:
         *,
         model: ValleyForConditionalGeneration | None = None,
     ) -> None:
+        say_refusals_in_a_line()
         self._model = model or open_model(config, config.encoder.device, keep="vision")
         self._processor = ValleyProcessor.from_pretrained(config.model)
         check_fit(self._model.config, self._processor)

@@ -17,6 +17,7 @@ from valley_ray.serve import metrics
 from valley_ray.serve.calls import PullCache, check_version, unwrapped
 from valley_ray.serve.config import ServeConfig
 from valley_ray.serve.protocol import MediaRef
+from valley_ray.serve.replica_log import say_refusals_in_a_line
 from valley_ray.serve.second_try import Crashes, ask_twice
 
 Frames = npt.NDArray[np.uint8]
@@ -43,6 +44,7 @@ class FrameSampler:
     """Decodes each clip once while it stays in the cache; a file that crashes or hangs costs itself only."""
 
     def __init__(self, config: ServeConfig) -> None:
+        say_refusals_in_a_line()
         self._processing, self._version = read_processor_config(config.model), config.weights_version
         decode = config.sandbox.decode
         decode = decode.model_copy(update={"max_frames": min(decode.max_frames, config.max_frames)})

@@ -47,6 +47,8 @@ class DataFacts:
     """Tokens of the samples that were looked at."""
     label_lengths: tuple[int, ...]
     """How many of them are labels."""
+    num_unknown: int
+    """Labels of records that are the tokenizer's unknown token: words that the model cannot learn."""
     failures: Mapping[str, int]
     """Of the records that were tokenized, those that fail, by reason."""
 
@@ -88,6 +90,7 @@ def _of_store(folder: "Path") -> DataFacts:
         sources=info.sources if info is not None else {},
         lengths=tuple(lengths),
         label_lengths=tuple(labels),
+        num_unknown=0,  # a store's lengths are read, not its tokens
         failures=failures,
     )
 
@@ -104,6 +107,7 @@ def _of_records(settings: PipelineConfig, processor: "ValleyProcessor", *, seed:
         sources[name] += total
         clips = {clip["clip_id"]: _outcome(clip, num_frames) for row in rows for clip in row.clips}
         tokenized += tokenize([row.sample for row in rows if row.sample is not None], clips).to_pylist()
+    unknown = getattr(processor.tokenizer, "unk_token_id", None)
     found = [row for row in tokenized if row["status"] == OK]
     failures = Counter(f"{row['error_class']}: {row['error']}" for row in tokenized if row["status"] != OK)
     return DataFacts(
@@ -113,6 +117,7 @@ def _of_records(settings: PipelineConfig, processor: "ValleyProcessor", *, seed:
         sources=sources,
         lengths=tuple(row["num_tokens"] for row in found),
         label_lengths=tuple(row["num_label_tokens"] for row in found),
+        num_unknown=sum(row["labels"].count(unknown) for row in found),
         failures=failures,
     )
 

@@ -128,6 +128,9 @@ def _warnings(report: RunReport) -> Iterator[str]:
     if config.data.mode == "overlap" and data.failures:
         share = sum(data.failures.values()) / (len(data.lengths) + sum(data.failures.values()))
         yield f"about {share:.0%} of the records cannot be trained on; see above"
+    if data.num_unknown:
+        share = data.num_unknown / sum(data.label_lengths)
+        yield f"{share:.0%} of the label tokens are words that the model's tokenizer does not know; they teach nothing"
     if config.use_gpu and not _has_gpu():
         yield "use_gpu is on and this machine has no GPU: start it on a cluster that has some, or set use_gpu=false"
     memory = report.memory[(config.zero_stage, config.offload)]

@@ -65,6 +65,7 @@ class TrainResult:
             f"run folder    {self.run_folder}",
             f"metrics       {self.metrics_path}",
             f"loss curve    {self.curve_path}",
+            f"steps         {self.num_steps:,}, the last one at loss {self.loss:.4f}",
         ]
         if self.left_out_path is not None:
             with self.left_out_path.open(encoding="utf-8") as file:

@@ -28,6 +28,7 @@ def test_help_says_what_it_does(job: ModuleType, capsys: pytest.CaptureFixture[s
         (["sources=[{path: records.json}]", "best=bertscore"], "best='bertscore' is none of the metrics"),
         (["sources=[{path: records.json}]", "top_p=0.5"], "set temperature or drop top_p"),
         (["a.yaml", "b.yaml"], "got a.yaml and b.yaml; drop one"),
+        (["--input", "records.json"], "unknown option --input; records are named by 'sources=["),
         (["none.yaml"], "cannot read configuration none.yaml"),
     ],
 )

@@ -135,6 +135,17 @@ def test_records_are_counted_and_some_are_tokenized(config: Callable[..., TrainC
         report_run(config(data=data, global_batch_size=92))
 
 
+def test_answers_of_words_that_the_tokenizer_lacks_are_told(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is moving?"}, {"from": "gpt", "value": "red dogs"}]
+    records = [{"id": f"r{number}", "conversations": turns} for number in range(4)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    pipeline = {"records": [str(tmp_path / "records.json")], "media_root": str(tmp_path), "windows_dir": "w"}
+    report = report_run(config(data=DataConfig(mode="overlap", pipeline=pipeline), log_every=1))
+    assert report.data.num_unknown == 4, "dogs, in each"
+    share = 4 / sum(report.data.label_lengths)
+    assert any(one.startswith(f"{share:.0%} of the label tokens") for one in report.warnings)
+
+
 def test_settings_without_effect_and_idle_workers_are_told(config: Callable[..., TrainConfig]) -> None:
     changes = {"stages": (stage(trainable="valley-stage2"),), "checkpoint_every": 50, "log_every": 20, "num_workers": 3}
     report = report_run(config(**changes))
