@@ -15,8 +15,9 @@ KEEP_FREED_VARIABLES = {"MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES), "MALLOC_MMAP
 def keep_freed() -> None:
     """Keep what the heap gets back, up to 256 MiB, for the whole process.
 
-    glibc returns every activation of a layer to the system, which then clears the pages for the next layer: four of five
-    page faults, and an eighth of the CPU time of a prompt, on a LLaMA of 58 million parameters (docs/measurements.md).
+    glibc returns every activation of a layer to the system, which then clears the pages for the next layer: four of
+    five page faults, and an eighth of the CPU time of a prompt, on a LLaMA of 58 million parameters
+    (docs/measurements.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
