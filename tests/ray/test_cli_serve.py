@@ -68,7 +68,7 @@ def test_serve_answers_until_interrupted(tiny_valley: Path, tmp_path: Path) -> N
         assert len(family) > 5
         process.send_signal(signal.SIGINT)
         started, stopped = process.stderr.read().splitlines()
-        assert started.startswith(f"valley-ray: {tiny_valley} is being started")
+        assert started.startswith(f"valley-ray: {tiny_valley} is being opened")
         assert stopped == "valley-ray: stopped"
         assert process.wait(timeout=60) == 0
     assert [pid for pid in family if is_running(pid)] == []

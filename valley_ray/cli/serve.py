@@ -50,9 +50,11 @@ def _run(options: argparse.Namespace) -> int:
     check_model(config.model)
     from valley_ray.serve.standalone import run_standalone
 
-    print(f"valley-ray: {config.model} is being started, half a minute on a laptop", file=sys.stderr, flush=True)
+    def say_that_it_starts() -> None:
+        print(f"valley-ray: {config.model} is being opened, half a minute on a laptop", file=sys.stderr, flush=True)
+
     try:
-        with run_standalone(config, http) as served:
+        with run_standalone(config, http, on_start=say_that_it_starts) as served:
             _print_welcome(served, config)
             threading.Event().wait()
     except KeyboardInterrupt:

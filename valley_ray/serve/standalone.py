@@ -6,7 +6,7 @@ Joins another Ray only where RAY_ADDRESS names it. Knows no command line.
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -19,10 +19,13 @@ from valley_ray.session import connect
 
 
 @contextmanager
-def run_standalone(config: ServeConfig, http: HttpOptions) -> Iterator[ServedApp]:
+def run_standalone(
+    config: ServeConfig, http: HttpOptions, *, on_start: Callable[[], None] = lambda: None
+) -> Iterator[ServedApp]:
     """Start Ray, serve `config` until the block ends, stop Ray. SIGTERM ends the block as Ctrl-C does.
 
-    What Serve and the replicas log goes to Ray's log folder alone (`/tmp/ray/session_latest/logs/serve`).
+    What Serve and the replicas log goes to Ray's log folder alone (`/tmp/ray/session_latest/logs/serve`). `on_start` is
+    called where nothing was found wrong, Ray runs and the model is about to be opened.
 
     Raises PortInUseError or ConfigError, before Ray is started where that can be seen (whether this machine has what
     the replicas reserve is seen by its Ray); UnavailableError where a deployment does not come up.
@@ -38,6 +41,7 @@ def run_standalone(config: ServeConfig, http: HttpOptions) -> Iterator[ServedApp
         if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster that is joined may grow
             [node] = ray.nodes()
             check_capacity(config, resources=node["Resources"], labels=node["Labels"])
+        on_start()
         with run(config, host=http.host, port=port) as served:
             yield served
     finally:
