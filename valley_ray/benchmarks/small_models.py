@@ -17,21 +17,12 @@ WORDS = (*COLORS, *SHAPES, *DIRECTIONS)
 
 
 def make_model(
-    *, tower_width: int, tower_heads: int, patch_size: int, width: int, num_layers: int
+    tower: CLIPVisionConfig, *, width: int, num_layers: int
 ) -> tuple[ValleyForConditionalGeneration, PreTrainedTokenizerBase]:
-    """A tower of 224 pixels and three layers before a LLaMA whose heads are 64 wide."""
+    """A tower before a LLaMA of so many layers whose heads are 64 wide."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=tower_width,
-            intermediate_size=4 * tower_width,
-            num_hidden_layers=3,
-            num_attention_heads=tower_heads,
-            image_size=224,
-            patch_size=patch_size,
-        )
-    )
+    vision = CLIPVisionModel(tower)
     language_model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -44,7 +35,7 @@ def make_model(
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    return ValleyForConditionalGeneration.from_backbones(tower, language_model, tokenizer), tokenizer
+    return ValleyForConditionalGeneration.from_backbones(vision, language_model, tokenizer), tokenizer
 
 
 def save_model(model: ValleyForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

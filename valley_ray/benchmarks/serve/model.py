@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import CLIPVisionConfig
 
 from valley_ray.benchmarks.long_clips import write_long_clip
 from valley_ray.benchmarks.serve.config import ServeCost
@@ -20,13 +21,15 @@ _NUM_WORDS = 16
 
 def make_served_model(folder: Path, config: ServeCost) -> int:
     """Write the model folder; returns its number of parameters."""
-    model, tokenizer = make_model(
-        tower_width=192,
-        tower_heads=3,
+    tower = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=224,
         patch_size=14,
-        width=config.server_hidden_size,
-        num_layers=config.server_num_layers,
     )
+    model, tokenizer = make_model(tower, width=config.server_hidden_size, num_layers=config.server_num_layers)
     words = set(tokenizer(" ".join(WORDS), add_special_tokens=False).input_ids)
     silent = [token for token in range(len(tokenizer)) if token not in words]
     with torch.no_grad():

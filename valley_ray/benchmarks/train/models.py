@@ -38,7 +38,15 @@ _SHAPES = {
 
 def make_small_model(folder: Path) -> Path:
     """Write a model folder: a tower of 224 pixels (P = 49), a language model of about six million parameters."""
-    model, tokenizer = make_model(tower_width=64, tower_heads=2, patch_size=32, width=256, num_layers=6)
+    tower = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=32,
+    )
+    model, tokenizer = make_model(tower, width=256, num_layers=6)
     save_model(model, tokenizer, folder)
     return folder
 
